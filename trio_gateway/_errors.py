@@ -1,0 +1,127 @@
+"""Few errors. Each names the party at fault and the next step."""
+
+from __future__ import annotations
+
+
+class GatewayError(Exception):
+    """Every error that trio_gateway raises on purpose."""
+
+
+class InvalidInput(GatewayError, ValueError):
+    """The caller handed in something that cannot be accepted. Nothing was changed."""
+
+
+class ConfigError(GatewayError):
+    """The configuration cannot be used. A restart will not help: exit code 78."""
+
+
+class AgentNotUsable(GatewayError):
+    """The object given as an agent is not one."""
+
+
+class Refused(GatewayError):
+    """`ask` handed in a message that the inbox refused; the text is the reason."""
+
+
+class GatewayStopping(GatewayError):
+    """The gateway stops before this can be done. What was accepted is kept for the next boot."""
+
+
+class AgentMisuse(GatewayError):
+    """The agent used its `Turn` in a way that has no meaning."""
+
+
+class StepNotStorable(AgentMisuse, TypeError):
+    """A step or checkpoint returned what cannot be stored and read back."""
+
+
+class StepInDoubt(GatewayError):
+    """An unsafe step was cut in the middle by an earlier attempt: it may or may not have happened.
+
+    `name` is the step's name. Find out from the outside world what happened, then go on; left
+    unhandled, it ends the turn FAILED with a message that names the step.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"step {name!r} was cut in the middle by an earlier attempt: it may or may not have"
+            " happened. Look outside before doing it again."
+        )
+        self.name = name
+
+    def __reduce__(self) -> tuple[type[StepInDoubt], tuple[str]]:
+        return (type(self), (self.name,))
+
+
+# ----- the channel's side
+
+
+class DeliveryError(GatewayError):
+    """What a channel raises from `send`. Any other exception means: outcome unknown, try again."""
+
+
+class RetryLater(DeliveryError):
+    """The platform did not take the text and says when to come back (`after`, in seconds)."""
+
+    def __init__(self, after: float, why: str = "the platform asks to wait") -> None:
+        super().__init__(f"{why} ({after:g} s)")
+        self.after = after
+
+
+class Undeliverable(DeliveryError):
+    """The text will never arrive (blocked, gone): a dead letter, where a person can see it."""
+
+
+class ChannelEnded(GatewayError):
+    """The other end of a channel has gone for good (a closed stdout): the gateway should stop."""
+
+
+# ----- the store's side
+
+
+class StoreError(GatewayError):
+    """The store could not do it. `retryable` says whether the same call may work later."""
+
+    retryable = False
+
+
+class StoreFull(StoreError):
+    """No room on the disk."""
+
+    retryable = True
+
+
+class StoreIOError(StoreError):
+    """The disk failed. A commit that failed this way may be durable all the same: read first."""
+
+    retryable = True
+
+
+class StoreBusy(StoreError):
+    """Another process holds a lock inside the database for too long."""
+
+    retryable = True
+
+
+class StoreCorrupt(StoreError):
+    """The file is not a readable database. It was not changed."""
+
+
+class StoreInUse(StoreError):
+    """Another gateway has this store open; `pid` is the holder's, where it is known."""
+
+    def __init__(self, message: str, pid: int | None) -> None:
+        super().__init__(message)
+        self.pid = pid
+
+
+class StoreSchemaError(StoreError):
+    """The store was written by a version that this one cannot read. It was not changed."""
+
+
+class StoreClosed(StoreError):
+    """The store was closed before this was asked."""
+
+
+class NotFound(GatewayError, LookupError):
+    """Nothing in the store goes by that name."""

@@ -1,0 +1,79 @@
+"""The one stream of events: listeners hear at once, subscribers read a buffer."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Final
+
+import trio
+
+from ._events import Event, EventsDropped
+
+BUFFER: Final = 10_000
+
+
+class EventStream:
+    """Says events to listeners (at once, in the same breath) and to subscribers (buffered)."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Callable[[Event], None]] = []
+
+    def emit(self, event: Event) -> None:
+        """Say `event`. Never waits; a listener must not either."""
+        for listener in self._listeners:
+            listener(event)
+
+    @property
+    def heard(self) -> bool:
+        """Whether anybody listens; saves building an event for nobody on the busiest paths."""
+        return bool(self._listeners)
+
+    @contextmanager
+    def listen(self, listener: Callable[[Event], None]) -> Iterator[None]:
+        """Call `listener` with each event until the block ends."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+    @asynccontextmanager
+    async def subscribe(self) -> AsyncIterator[AsyncIterator[Event]]:
+        """Yield an iterator over the events from now on.
+
+        A subscriber that is slower than the gateway loses the oldest events beyond a buffer of
+        10,000 and is told how many by `EventsDropped`; the gateway never waits for it.
+        """
+        await trio.lowlevel.checkpoint()
+        inbox = _Subscription()
+        with self.listen(inbox.put):
+            yield inbox
+
+
+class _Subscription:
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        self._dropped = 0
+        self._arrived = trio.Event()
+
+    def put(self, event: Event) -> None:
+        if len(self._events) >= BUFFER:
+            self._events.popleft()
+            self._dropped += 1
+        self._events.append(event)
+        self._arrived.set()
+
+    def __aiter__(self) -> _Subscription:
+        return self
+
+    async def __anext__(self) -> Event:
+        await self._arrived.wait()
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            return EventsDropped(count=dropped)
+        event = self._events.popleft()
+        if not self._events:
+            self._arrived = trio.Event()
+        return event

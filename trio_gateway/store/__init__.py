@@ -1,0 +1,237 @@
+"""The store: the contract, in the domain's verbs, and SQLite's way of keeping it.
+
+Whoever writes a second store keeps these rules; `testing.check_store` holds it to them.
+
+1. A verb returns after its change is durable, or raises `StoreError` having changed nothing that it
+   knows of. A commit whose outcome is unknown is asked again: every verb may be run twice.
+2. Changes take effect in the order in which the verbs were called.
+3. A caller that waits for a change cannot be cancelled out of knowing its outcome (but for
+   `mark_resume_pending` and `clear_resume_pending`, whose deadline is the stop's).
+4. Every change of a marker is a compare-and-set on (state, attempt, epoch). No verb assumes that
+   this process is the only one: what a second gateway changed is seen and respected.
+5. No verb costs more as stored sessions grow; boot costs what is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from .._markers import ResumeReason
+from .._messages import Cursor, Delivery, HistoryItem, Message, Reply, SessionKey
+from ._codec import BadRow
+from ._ledger import MESSAGE_END, Ledger, reply_of
+from ._lock import holder_of
+from ._reads import (
+    Counts,
+    DeadLetter,
+    MessageRow,
+    OpenTurnRow,
+    QuarantineRow,
+    SessionRow,
+    StoreReader,
+    Timeline,
+    TimelineEntry,
+)
+from ._records import (
+    Admitted,
+    Arrival,
+    Begin,
+    Begun,
+    Forgotten,
+    NewReply,
+    OpenTurn,
+    PendingTurn,
+    Recovered,
+    Resumed,
+    Said,
+    Settled,
+    Settlement,
+    Step,
+    Unreadable,
+    WaitingSession,
+)
+from ._sqlite import SqliteStore, edit_store, open_store, read_store
+
+
+class Store(Protocol):
+    """What the flow asks of a store. See the module for the rules that all verbs keep."""
+
+    @property
+    def store_id(self) -> str:
+        """Who this store is; keys of replies and steps begin with it."""
+        ...
+
+    async def recover(self) -> Recovered:
+        """Open an epoch: charge what dead epochs left RUNNING, and return all that is open."""
+        ...
+
+    async def touch(self) -> None:
+        """Note that this epoch lives: the best answer to "when did it die?"."""
+        ...
+
+    async def end_epoch(self, ending: str) -> None:
+        """Note that this epoch ends in order, and how."""
+        ...
+
+    async def accept(
+        self, arrivals: Sequence[Arrival], cursor: Cursor | None = None
+    ) -> tuple[Admitted, ...]:
+        """Take messages in, insert-if-absent, with the cursor that covers them; begin turns,
+        replace turns and obey commands where an arrival says so; all in one transaction."""
+        ...
+
+    async def cursor(self, channel: str) -> str | None:
+        """The cursor committed last for a channel."""
+        ...
+
+    async def stop_by_key(self, key: SessionKey) -> tuple[int | None, tuple[str, ...]]:
+        """End a session's open turn for good: its id, and its messages' ids."""
+        ...
+
+    async def begin(self, request: Begin) -> Begun:
+        """Begin the next turn of a session: RUNNING, with the mail that waits longest."""
+        ...
+
+    async def resume(self, pending: PendingTurn) -> OpenTurn | None:
+        """Begin the next attempt of an interrupted turn; None if it has ended meanwhile."""
+        ...
+
+    async def settle(self, end: Settlement) -> Settled:
+        """End a turn: marker, messages, reply, and the begin of the next, together or not."""
+        ...
+
+    async def end_pending(self, ends: Sequence[Settlement]) -> tuple[Settled, ...]:
+        """End turns that are RESUME_PENDING and will not be resumed."""
+        ...
+
+    async def mark_resume_pending(self, reason: ResumeReason) -> int:
+        """Mark every turn of this epoch that is RUNNING, in one transaction; return how many."""
+        ...
+
+    def mark_resume_pending_from_thread(self, reason: ResumeReason, timeout: float) -> int | None:
+        """The same, for a thread, when the loop does not answer. None: not done in time."""
+        ...
+
+    async def clear_resume_pending(self, ends: Sequence[Settlement]) -> tuple[Settled, ...]:
+        """Settle turns whose children completed but whose settle was never written."""
+        ...
+
+    async def ask_restart(self, turn: int) -> None:
+        """Remember that a turn has asked for a restart."""
+        ...
+
+    async def take(self, turn: int, attempt: int, request: Begin) -> Message | None:
+        """Let a running turn take the message that waits longest in its session."""
+        ...
+
+    async def begin_step(self, turn: int, attempt: int, name: str, effect: str) -> bool:
+        """Note that an unsafe step is about to run. False: the attempt is over."""
+        ...
+
+    async def remember(
+        self, turn: int, attempt: int, name: str, effect: str, result: str, began_at: int
+    ) -> bool:
+        """Keep a step's result (JSON). False: the attempt is over."""
+        ...
+
+    async def checkpoint(self, turn: int, attempt: int, value: str) -> bool:
+        """Keep a turn's checkpoint (JSON). False: the attempt is over."""
+        ...
+
+    async def say(
+        self, turn: int, attempt: int, session: SessionKey, session_id: int, reply: NewReply
+    ) -> Said | None:
+        """Commit a reply in mid-turn. None: the attempt is over."""
+        ...
+
+    async def notify(
+        self, sessions: Sequence[tuple[SessionKey, int]], what: str, text: str
+    ) -> tuple[Delivery, ...]:
+        """Put notices into the outbox, one per session, `what` and epoch at the most."""
+        ...
+
+    async def sending(self, delivery: int) -> None:
+        """Note that a delivery goes over a wire that cannot recognise a repeat."""
+        ...
+
+    async def delivered(self, delivery: int, tries: int) -> None:
+        """Note that a delivery has arrived."""
+        ...
+
+    async def delayed(
+        self, delivery: int, tries: int, not_before: int, error: str, repeat: bool
+    ) -> None:
+        """Note that a delivery is tried again, not before (microseconds since 1970)."""
+        ...
+
+    async def dead(self, delivery: int, tries: int, error: str) -> None:
+        """Give a delivery up, where a person can see it."""
+        ...
+
+    async def drop(self, delivery: int, error: str) -> None:
+        """Give a notice up."""
+        ...
+
+    async def forget(self, after_seq: int, keep: int, remember: int) -> Forgotten:
+        """One bite of retention."""
+        ...
+
+    async def history(
+        self, session: SessionKey, turn: int | None, limit: int
+    ) -> tuple[HistoryItem, ...]:
+        """The last lines of a conversation before a turn (None: before now)."""
+        ...
+
+    async def replies_to(
+        self, channel: str, message_id: str
+    ) -> tuple[str | None, tuple[Reply, ...]]:
+        """How a message stands (None: never seen), and what was said to it."""
+        ...
+
+    async def messages_of(self, pending: PendingTurn) -> tuple[Message, ...]:
+        """The messages of an interrupted turn. Raises `BadRow`."""
+        ...
+
+    async def open_turns(self) -> tuple[OpenTurnRow, ...]:
+        """Every open turn and its marker."""
+        ...
+
+
+__all__ = [
+    "MESSAGE_END",
+    "Admitted",
+    "Arrival",
+    "BadRow",
+    "Begin",
+    "Begun",
+    "Counts",
+    "DeadLetter",
+    "Forgotten",
+    "Ledger",
+    "MessageRow",
+    "NewReply",
+    "OpenTurn",
+    "OpenTurnRow",
+    "PendingTurn",
+    "QuarantineRow",
+    "Recovered",
+    "Resumed",
+    "Said",
+    "SessionRow",
+    "Settled",
+    "Settlement",
+    "SqliteStore",
+    "Step",
+    "Store",
+    "StoreReader",
+    "Timeline",
+    "TimelineEntry",
+    "Unreadable",
+    "WaitingSession",
+    "edit_store",
+    "holder_of",
+    "open_store",
+    "read_store",
+    "reply_of",
+]

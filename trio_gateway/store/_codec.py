@@ -1,0 +1,98 @@
+"""Values to JSON and back, by cattrs."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Final
+
+import attrs
+from cattrs import BaseValidationError, ForbiddenExtraKeysError
+from cattrs.preconf.orjson import make_converter
+
+from .._clock import as_datetime
+from .._messages import Delivery, Message, ReplyKind, SessionKey
+
+_converter: Final = make_converter(forbid_extra_keys=False)
+
+
+def _strict(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+    return value
+
+
+_converter.register_structure_hook(str, _strict)
+
+
+@attrs.frozen
+class Body:
+    """What a message's row keeps as JSON."""
+
+    text: str
+    sender: str | None = None
+
+
+class BadRow(Exception):
+    """A row that cannot be read back; the text says what is wrong with it."""
+
+
+def dump_body(message: Message) -> str:
+    """A message's body, as JSON."""
+    return _converter.dumps(Body(message.text, message.sender)).decode()
+
+
+def load_message(key: SessionKey, message_id: str, body: str | None) -> Message:
+    """A message from its row. Raises `BadRow`."""
+    if body is None:
+        raise BadRow("its text was forgotten")
+    try:
+        read = _converter.loads(body, Body)
+    except (BaseValidationError, ForbiddenExtraKeysError, ValueError, TypeError, KeyError) as error:
+        raise BadRow(f"its body is not readable: {_first_line(error)}") from error
+    return Message(
+        session=key.name, id=message_id, text=read.text, sender=read.sender, channel=key.channel
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup) and error.exceptions:
+        error = error.exceptions[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def dump_ids(ids: tuple[str, ...]) -> str:
+    """Message ids, as JSON."""
+    return _converter.dumps(ids).decode()
+
+
+def load_ids(text: str) -> tuple[str, ...]:
+    """Message ids from JSON; unreadable ones are no reason to lose a reply."""
+    try:
+        return _converter.loads(text, tuple[str, ...])
+    except (BaseValidationError, ValueError, TypeError):
+        return ()
+
+
+def load_delivery(row: tuple[Any, ...]) -> Delivery:
+    """A delivery from a row of `open_deliveries`."""
+    return Delivery(
+        id=row[0],
+        session=SessionKey(row[1], row[2]),
+        key=row[3],
+        text=row[4] or "",
+        in_reply_to=load_ids(row[5]),
+        attempt=row[6],
+        final=bool(row[7]),
+        repeat=bool(row[8]),
+        kind=ReplyKind(row[9]),
+        part=row[10],
+        parts=row[11],
+        turn=row[12],
+        tries=row[13],
+        not_before=when(row[14]),
+    )
+
+
+def when(microseconds: int | None) -> datetime | None:
+    """Aware UTC, or None."""
+    return None if microseconds is None else as_datetime(microseconds)

@@ -1,0 +1,429 @@
+"""The store in one SQLite file, through apsw."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, TypeVar, TypeVarTuple
+
+import apsw
+import trio
+
+from .._clock import Clock, SystemClock
+from .._errors import (
+    StoreClosed,
+    StoreCorrupt,
+    StoreError,
+    StoreIOError,
+    StoreSchemaError,
+)
+from .._markers import ResumeReason
+from .._messages import Cursor, Delivery, HistoryItem, Message, Reply, SessionKey
+from ._ledger import Ledger
+from ._lock import StoreLock, open_private
+from ._reads import OpenTurnRow, StoreReader
+from ._records import (
+    Admitted,
+    Arrival,
+    Begin,
+    Begun,
+    Forgotten,
+    NewReply,
+    OpenTurn,
+    PendingTurn,
+    Recovered,
+    Said,
+    Settled,
+    Settlement,
+)
+from ._sql import read_sql
+from ._writer import InlineWriter, Tap, ThreadWriter, Writer, no_tap, translate
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+APPLICATION_ID: Final = 0x74726977  # "triw"
+SCHEMA_VERSION: Final = 1
+MIGRATIONS: Final[dict[int, str]] = {}
+"""From which version, the file that leads to the next one."""
+
+OLDEST_SQLITE: Final = (3, 51, 3)
+"""Before this, two connections can corrupt a WAL while it is reset."""
+
+BUSY_MS: Final = 5000
+
+
+class SqliteStore:
+    """The store of one running gateway. Made by `open_store`; the contract is `Store`."""
+
+    def __init__(self, path: Path, writer: Writer, ledger: Ledger, reader: StoreReader) -> None:
+        self.path = path
+        self._writer = writer
+        self._ledger = ledger
+        self._reader = reader
+        self._read_lock = trio.Lock()
+        self._reads_inline = isinstance(writer, InlineWriter)
+        self._closed = False
+        self._run = writer.run
+
+    @property
+    def store_id(self) -> str:
+        return self._ledger.store_id
+
+    async def _read(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
+        async with self._read_lock:
+            if self._closed:
+                raise StoreClosed("the store is closed")
+            try:
+                if self._reads_inline:
+                    return call(*args)
+                # Shielded by not being abandoned: the connection has one user at a time.
+                return await trio.to_thread.run_sync(call, *args)
+            except apsw.Error as error:
+                raise translate(error) from error
+
+    # ----- boot and end
+
+    async def recover(self) -> Recovered:
+        return await self._run(self._ledger.recover)
+
+    async def touch(self) -> None:
+        await self._run(self._ledger.touch)
+
+    async def end_epoch(self, ending: str) -> None:
+        await self._run(self._ledger.end_epoch, ending)
+
+    async def aclose(self) -> None:
+        """Finish every write that was handed in, write the WAL back, close."""
+        if self._closed:
+            return
+        self._closed = True
+        self._reader.close()
+        await self._writer.aclose()
+
+    # ----- inbox
+
+    async def accept(
+        self, arrivals: Sequence[Arrival], cursor: Cursor | None = None
+    ) -> tuple[Admitted, ...]:
+        return await self._run(self._ledger.accept, arrivals, cursor)
+
+    async def cursor(self, channel: str) -> str | None:
+        return await self._run(self._ledger.get_cursor, channel)
+
+    async def stop_by_key(self, key: SessionKey) -> tuple[int | None, tuple[str, ...]]:
+        return await self._run(self._ledger.stop_by_key, key)
+
+    # ----- turns
+
+    async def begin(self, request: Begin) -> Begun:
+        return await self._run(self._ledger.begin, request)
+
+    async def resume(self, pending: PendingTurn) -> OpenTurn | None:
+        return await self._run(self._ledger.resume, pending)
+
+    async def settle(self, end: Settlement) -> Settled:
+        return await self._run(self._ledger.settle, end)
+
+    async def end_pending(self, ends: Sequence[Settlement]) -> tuple[Settled, ...]:
+        return await self._run(self._ledger.end_pending, ends)
+
+    async def mark_resume_pending(self, reason: ResumeReason) -> int:
+        return await self._writer.run_abandonable(self._ledger.mark_resume_pending, reason)
+
+    def mark_resume_pending_from_thread(self, reason: ResumeReason, timeout: float) -> int | None:
+        return self._writer.run_from_thread(
+            self._ledger.mark_resume_pending, reason, timeout=timeout
+        )
+
+    async def clear_resume_pending(self, ends: Sequence[Settlement]) -> tuple[Settled, ...]:
+        return await self._writer.run_abandonable(self._ledger.clear_resume_pending, ends)
+
+    async def ask_restart(self, turn: int) -> None:
+        await self._run(self._ledger.ask_restart, turn)
+
+    async def take(self, turn: int, attempt: int, request: Begin) -> Message | None:
+        return await self._run(self._ledger.take, turn, attempt, request)
+
+    # ----- steps and replies
+
+    async def begin_step(self, turn: int, attempt: int, name: str, effect: str) -> bool:
+        return await self._run(self._ledger.begin_step, turn, attempt, name, effect)
+
+    async def remember(
+        self, turn: int, attempt: int, name: str, effect: str, result: str, began_at: int
+    ) -> bool:
+        return await self._run(
+            self._ledger.remember, turn, attempt, name, effect, result, began_at
+        )
+
+    async def checkpoint(self, turn: int, attempt: int, value: str) -> bool:
+        return await self._run(self._ledger.checkpoint, turn, attempt, value)
+
+    async def say(
+        self, turn: int, attempt: int, session: SessionKey, session_id: int, reply: NewReply
+    ) -> Said | None:
+        return await self._run(self._ledger.say, turn, attempt, session, session_id, reply)
+
+    async def notify(
+        self, sessions: Sequence[tuple[SessionKey, int]], what: str, text: str
+    ) -> tuple[Delivery, ...]:
+        return await self._run(self._ledger.notify, sessions, what, text)
+
+    # ----- outbox
+
+    async def sending(self, delivery: int) -> None:
+        await self._run(self._ledger.sending, delivery)
+
+    async def delivered(self, delivery: int, tries: int) -> None:
+        await self._run(self._ledger.delivered, delivery, tries)
+
+    async def delayed(
+        self, delivery: int, tries: int, not_before: int, error: str, repeat: bool
+    ) -> None:
+        await self._run(self._ledger.delayed, delivery, tries, not_before, error, repeat)
+
+    async def dead(self, delivery: int, tries: int, error: str) -> None:
+        await self._run(self._ledger.dead, delivery, tries, error)
+
+    async def drop(self, delivery: int, error: str) -> None:
+        await self._run(self._ledger.drop, delivery, error)
+
+    # ----- retention
+
+    async def forget(self, after_seq: int, keep: int, remember: int) -> Forgotten:
+        return await self._run(self._ledger.forget, after_seq, keep, remember)
+
+    # ----- reads
+
+    async def history(
+        self, session: SessionKey, turn: int | None, limit: int
+    ) -> tuple[HistoryItem, ...]:
+        return await self._read(self._reader.history, session, turn, limit)
+
+    async def replies_to(
+        self, channel: str, message_id: str
+    ) -> tuple[str | None, tuple[Reply, ...]]:
+        return await self._read(self._reader.replies_to, channel, message_id)
+
+    async def messages_of(self, pending: PendingTurn) -> tuple[Message, ...]:
+        return await self._run(self._ledger.messages_of, pending)
+
+    async def open_turns(self) -> tuple[OpenTurnRow, ...]:
+        return await self._read(self._reader.open_turns)
+
+
+@asynccontextmanager
+async def open_store(
+    path: str | os.PathLike[str],
+    *,
+    clock: Clock | None = None,
+    inline: bool = False,
+    tap: Tap = no_tap,
+) -> AsyncIterator[SqliteStore]:
+    """Open the store at `path`, or make it; leaving the block closes it.
+
+    Raises `StoreInUse` (another process has it), `StoreCorrupt`, `StoreSchemaError`,
+    `StoreIOError`; in each case the file was not changed. `inline` runs writes in the loop instead
+    of on a thread. `tap` is called around every commit (see `testing.CrashPoints`).
+    """
+    where = Path(path).absolute()
+    clock = clock or SystemClock()
+    with lock_store(where):
+        db = await trio.to_thread.run_sync(connect, where, clock)
+        reader = StoreReader(open_read_only(where))
+        ledger = Ledger(db, clock)
+        writer = InlineWriter(db, tap) if inline else ThreadWriter(db, tap)
+        store = SqliteStore(where, writer, ledger, reader)
+        try:
+            yield store
+        finally:
+            # Bounded by the host's budget: what a disk does not finish by then is left to the
+            # watchdog, and nothing that was acknowledged is at stake.
+            with trio.CancelScope(shield=True):
+                await store.aclose()
+
+
+class lock_store:  # noqa: N801 - reads as a verb, like open()
+    """Hold the store's lock for a `with` block."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = StoreLock(path)
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def connect(path: Path, clock: Clock) -> apsw.Connection:
+    """The writing connection: the file private, the library new enough, the pragmas asserted."""
+    require_sqlite()
+    os.close(open_private(path))
+    try:
+        version = _look_before(path)
+        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+        _configure(db)
+        _bring_schema(db, version, clock)
+    except apsw.Error as error:
+        raise _named(path, error) from error
+    except StoreError as error:
+        raise type(error)(f"{path}: {error}") from error
+    _keep_private(path)
+    return db
+
+
+def require_sqlite() -> None:
+    """Refuse a SQLite that can corrupt a WAL. Raises `StoreError`."""
+    if tuple(map(int, apsw.sqlite_lib_version().split("."))) < OLDEST_SQLITE:
+        raise StoreError(
+            f"SQLite {apsw.sqlite_lib_version()} is too old (3.51.3 fixed a corruption of the"
+            " WAL): install a current apsw wheel"
+        )
+
+
+def open_read_only(path: Path) -> apsw.Connection:
+    """A connection that cannot write, and so never checkpoints. Raises `StoreError`."""
+    try:
+        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        db.set_busy_timeout(BUSY_MS)
+        db.execute("PRAGMA trusted_schema = OFF")
+        next(iter(db.execute("SELECT count(*) FROM sqlite_schema")))
+    except apsw.Error as error:
+        raise _named(path, error) from error
+    return db
+
+
+def read_store(path: str | os.PathLike[str]) -> StoreReader:
+    """Read a store, also one that a gateway has open.
+
+    Raises `StoreIOError` where there is none, `StoreSchemaError`, `StoreCorrupt`.
+    """
+    where = Path(path).absolute()
+    if not where.exists():
+        raise StoreIOError(f"{where}: there is no store; name one with --store")
+    require_sqlite()
+    db = open_read_only(where)
+    version = _version(where, db)
+    if version != SCHEMA_VERSION:
+        db.close()
+        raise StoreSchemaError(_other_version(where, version))
+    return StoreReader(db)
+
+
+def edit_store(path: str | os.PathLike[str], change: Callable[[Ledger], T]) -> T:
+    """Run one change of a store that no gateway has open, in a transaction.
+
+    Raises `StoreInUse`, naming the pid, and the errors of `read_store`.
+    """
+    where = Path(path).absolute()
+    if not where.exists():
+        raise StoreIOError(f"{where}: there is no store; name one with --store")
+    with lock_store(where):
+        clock = SystemClock()
+        db = connect(where, clock)
+        try:
+            return InlineWriter(db).run_sync(change, Ledger(db, clock))
+        finally:
+            db.close()
+
+
+def _look_before(path: Path) -> int:
+    """The schema version of what is there, found without changing it; 0 for a new file."""
+    if path.stat().st_size == 0 and not path.with_name(path.name + "-wal").exists():
+        return 0
+    db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        db.set_busy_timeout(BUSY_MS)
+        return _version(path, db)
+    finally:
+        db.close()
+
+
+def _version(path: Path, db: apsw.Connection) -> int:
+    version = int(_pragma(db, "user_version"))
+    tables = int(next(iter(db.execute("SELECT count(*) FROM sqlite_schema")))[0])
+    if not tables and not version:
+        return 0
+    if int(_pragma(db, "application_id")) != APPLICATION_ID:
+        raise StoreSchemaError("this is the database of another program; name another store")
+    if version > SCHEMA_VERSION:
+        raise StoreSchemaError(_other_version(path, version))
+    return version
+
+
+def _other_version(path: Path, version: int) -> str:
+    if version > SCHEMA_VERSION:
+        return (
+            f"{path} has schema version {version}, this trio-gateway knows {SCHEMA_VERSION}:"
+            " install the newer trio-gateway that wrote it. The file was not changed."
+        )
+    return (
+        f"{path} has schema version {version}, older than {SCHEMA_VERSION}: a gateway migrates it"
+        " when it opens it (trio-gateway run)"
+    )
+
+
+def _configure(db: apsw.Connection) -> None:
+    db.set_busy_timeout(BUSY_MS)
+    db.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 1)
+    wanted = {
+        "journal_mode": "wal",
+        # NORMAL loses acknowledged markers when the power goes.
+        "synchronous": 2,
+        "trusted_schema": 0,
+        # The writer checkpoints, when nobody waits.
+        "wal_autocheckpoint": 0,
+        "cache_size": -32_000,
+        "temp_store": 2,
+    }
+    for name, value in wanted.items():
+        db.execute(f"PRAGMA {name} = {value}")
+        if str(_pragma(db, name)) != str(value):
+            raise StoreError(f"PRAGMA {name} did not become {value}: the file system cannot do it")
+
+
+def _pragma(db: apsw.Connection, name: str) -> Any:
+    return next(iter(db.execute(f"PRAGMA {name}")))[0]
+
+
+def _bring_schema(db: apsw.Connection, version: int, clock: Clock) -> None:
+    """Create the schema, or migrate it from an older version, in one transaction."""
+    if version == SCHEMA_VERSION:
+        return
+    with db:
+        if version == 0:
+            db.execute(read_sql("schema.sql"))
+            db.execute(
+                "INSERT INTO store (id, created_at) VALUES (?, ?)",
+                (secrets.token_hex(4), clock.now().wall),
+            )
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        else:
+            for old in range(version, SCHEMA_VERSION):
+                db.execute(read_sql(MIGRATIONS[old]))
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _keep_private(path: Path) -> None:
+    # SQLite gives the WAL and the SHM the database's own permissions; older ones may differ.
+    for suffix in ("-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).chmod(0o600)
+
+
+def _named(path: Path, error: apsw.Error) -> StoreError:
+    translated = translate(error)
+    if isinstance(translated, StoreCorrupt):
+        return StoreCorrupt(
+            f"{path} is damaged or no database ({error}). It was not changed: move it away and"
+            " restore a copy, or name another store with --store"
+        )
+    if isinstance(translated, StoreError):
+        return type(translated)(f"{path}: {translated}")
+    return StoreError(f"{path}: {error}")
+

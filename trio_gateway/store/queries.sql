@@ -1,0 +1,486 @@
+-- Every statement of the store, with a name and a sentence. The epoch and the attempt in a WHERE
+-- are the compare-and-set of _markers: an attempt that is over changes nothing.
+
+-- name: store_id
+-- Who this store is.
+SELECT id FROM store;
+
+-- name: newest_turn
+-- The last number that was given to a turn.
+SELECT coalesce(max(id), 0) FROM turn;
+
+-- name: why_ended
+-- What was noted when a turn ended.
+SELECT error FROM turn WHERE id = ?;
+
+-- name: session_id
+-- The number of a session, if it was ever seen.
+SELECT id FROM session WHERE channel = ? AND name = ?;
+
+-- name: add_session
+-- A session is seen for the first time.
+INSERT INTO session (channel, name) VALUES (?, ?);
+
+-- name: new_conversation
+-- What came before is not handed to the agent any more.
+UPDATE session SET conversation = conversation + 1 WHERE id = ?;
+
+-- name: set_cursor
+-- The channel's place moves on, in the transaction of the messages that it covers.
+INSERT INTO cursor (channel, value, at) VALUES (?, ?, ?)
+ON CONFLICT (channel) DO UPDATE SET value = excluded.value, at = excluded.at;
+
+-- name: get_cursor
+-- A channel's place.
+SELECT value FROM cursor WHERE channel = ?;
+
+-- name: add_message
+-- Insert if absent; a second arrival of the same id changes nothing (promise 1).
+INSERT INTO message (channel, id, session, conversation, state, turn, body, accepted_at, ended_at)
+SELECT ?1, ?2, ?3, session.conversation, ?4, ?5, ?6, ?7, ?8 FROM session WHERE session.id = ?3
+ON CONFLICT (channel, id) DO NOTHING;
+
+-- name: add_turn
+-- Begin: the marker RUNNING, before any of the agent's code runs (promise 3).
+INSERT INTO turn (id, session, conversation, state, epoch, begun_at, attempt_at, retry_of)
+SELECT ?1, session.id, session.conversation, 'RUNNING', ?3, ?4, ?4, ?5
+FROM session WHERE session.id = ?2;
+
+-- name: waiting_messages
+-- What a session has waiting, in the order of acceptance.
+SELECT seq, id, body, turn FROM message WHERE session = ? AND state = 'queued' ORDER BY seq LIMIT ?;
+
+-- name: take_message
+-- A turn takes a waiting message.
+UPDATE message SET state = 'running', turn = ?, ended_at = NULL, error = NULL WHERE seq = ?;
+
+-- name: end_message
+-- One message ends by itself, without a turn that settles it.
+UPDATE message SET state = ?, ended_at = ?, error = ? WHERE seq = ?;
+
+-- name: end_turn
+-- Settle the marker: only while the turn is open, in this attempt, in this epoch (promise 6).
+UPDATE turn SET state = ?, settled_at = ?, error = ?, reason = NULL
+WHERE id = ? AND attempt = ? AND epoch = ? AND state IN ('RUNNING', 'RESUME_PENDING');
+
+-- name: end_pending_turn
+-- Recovery ends a turn that it does not resume; no epoch owns it.
+UPDATE turn SET state = ?, settled_at = ?, error = ?, reason = NULL
+WHERE id = ? AND attempt = ? AND state = 'RESUME_PENDING';
+
+-- name: stop_turn
+-- A user stops whatever turn the session has open; nothing brings it back (promise 10).
+UPDATE turn SET state = 'STOPPED', settled_at = ?, error = ?, reason = NULL
+WHERE session = ? AND state IN ('RUNNING', 'RESUME_PENDING') RETURNING id;
+
+-- name: end_messages_of
+-- The messages that a turn consumed end with it.
+UPDATE message SET state = ?, ended_at = ?, error = ? WHERE turn = ? AND state = 'running';
+
+-- name: requeue_messages_of
+-- The messages of a turn that was stopped for a newer one wait again, for the next turn.
+UPDATE message SET state = 'queued' WHERE turn = ? AND state = 'running';
+
+-- name: stop_waiting
+-- With no turn open, /stop ends what waits.
+UPDATE message SET state = 'stopped', ended_at = ? WHERE session = ? AND state = 'queued' RETURNING id;
+
+-- name: turn_fate
+-- How a turn stands: to tell "settled by me, though the commit failed" from "settled by another".
+SELECT state, attempt, epoch FROM turn WHERE id = ?;
+
+-- name: open_turn_of
+-- The open turn of a session, if any.
+SELECT id, state, attempt FROM turn
+WHERE session = ? AND state IN ('RUNNING', 'RESUME_PENDING');
+
+-- name: count_waiting
+-- How many messages of a session wait.
+SELECT count(*) FROM message WHERE session = ? AND state = 'queued';
+
+-- name: last_unanswered
+-- The newest message that ended, if it ended without an answer: what /retry tries again.
+SELECT seq, turn, state FROM message
+WHERE session = ? AND body IS NOT NULL
+  AND state IN ('answered', 'failed', 'stopped', 'quarantined', 'expired')
+  AND (turn IS NOT NULL OR state != 'answered')
+ORDER BY seq DESC LIMIT 1;
+
+-- name: retry_turn_messages
+-- The messages that ended with a turn wait once more; `turn` keeps what their steps remember.
+UPDATE message SET state = 'queued', ended_at = NULL, error = NULL
+WHERE turn = ? AND state IN ('failed', 'stopped', 'quarantined', 'expired') RETURNING id;
+
+-- name: retry_message
+-- One message that never had a turn waits once more.
+UPDATE message SET state = 'queued', ended_at = NULL, error = NULL WHERE seq = ? RETURNING id;
+
+-- name: mark_resume_pending
+-- Every turn of this epoch that is RUNNING, whichever they are, in one statement (promise 4). The
+-- IN repeats the condition of the index turn_open, so that the index serves it.
+UPDATE turn SET state = 'RESUME_PENDING', reason = ?, marked_at = ?, marked_up = ?,
+                interruptions = interruptions + 1
+WHERE state IN ('RUNNING', 'RESUME_PENDING') AND state = 'RUNNING' AND epoch = ?;
+
+-- name: charge_crashed
+-- Boot: what is RUNNING in a dead epoch was running when its process died. Charged here, before
+-- any agent is called (promise 9); interrupted when that epoch was last seen.
+UPDATE turn SET state = 'RESUME_PENDING', reason = 'crash', crashes = crashes + 1,
+  marked_at = max(attempt_at, (SELECT seen_at FROM epoch WHERE epoch.id = turn.epoch)),
+  marked_up = (SELECT seen_up FROM epoch WHERE epoch.id = turn.epoch)
+WHERE state IN ('RUNNING', 'RESUME_PENDING') AND state = 'RUNNING' AND epoch != ?;
+
+-- name: pending_turns
+-- Every open turn, with what a verdict needs. A turn's first message gives its place in line.
+SELECT turn.id, turn.session, session.channel, session.name, turn.attempt, turn.reason,
+       turn.crashes, turn.interruptions, turn.marked_at, turn.marked_up, epoch.machine
+FROM turn JOIN session ON session.id = turn.session JOIN epoch ON epoch.id = turn.epoch
+WHERE turn.state IN ('RUNNING', 'RESUME_PENDING') AND turn.state = 'RESUME_PENDING'
+ORDER BY turn.id;
+
+-- name: messages_of
+-- The messages that a turn is to answer.
+SELECT id, body, seq FROM message WHERE turn = ? AND state = 'running' ORDER BY seq;
+
+-- name: message_ids_of
+-- Their ids alone.
+SELECT id FROM message WHERE turn = ? AND state = 'running' ORDER BY seq;
+
+-- name: keep_attempt
+-- Before a new attempt begins, the one that was interrupted goes to the record.
+INSERT INTO attempt (turn, attempt, epoch, began_at, interrupted_at, reason)
+SELECT id, attempt, epoch, attempt_at, marked_at, reason FROM turn
+WHERE id = ? AND attempt = ? AND state = 'RESUME_PENDING';
+
+-- name: resume_turn
+-- The next attempt: RUNNING again, owned by this epoch.
+UPDATE turn SET state = 'RUNNING', attempt = attempt + 1, epoch = ?, attempt_at = ?, reason = NULL
+WHERE id = ? AND attempt = ? AND state = 'RESUME_PENDING';
+
+-- name: resumed_turn
+-- What the agent of a resumed turn needs beyond its messages.
+SELECT turn.checkpoint, turn.restart_asked, attempt.reason, attempt.interrupted_at
+FROM turn JOIN attempt ON attempt.turn = turn.id AND attempt.attempt = turn.attempt - 1
+WHERE turn.id = ?;
+
+-- name: waiting_sessions
+-- Every session with mail, the one that waits longest first. Costs what waits.
+SELECT session.channel, session.name, session.id, count(*), min(message.seq) AS first
+FROM message JOIN session ON session.id = message.session
+WHERE message.state = 'queued' GROUP BY session.id ORDER BY first;
+
+-- name: progressed
+-- A turn got further: planned interruptions are counted anew. Also the check that it is open.
+UPDATE turn SET interruptions = 0
+WHERE id = ? AND attempt = ? AND epoch = ? AND state IN ('RUNNING', 'RESUME_PENDING');
+
+-- name: set_checkpoint
+-- What the agent wants to find when it resumes.
+UPDATE turn SET checkpoint = ?, interruptions = 0
+WHERE id = ? AND attempt = ? AND epoch = ? AND state IN ('RUNNING', 'RESUME_PENDING');
+
+-- name: ask_restart
+-- This turn has asked for a restart; its next attempt is not to ask again (promise 13).
+UPDATE turn SET restart_asked = 1 WHERE id = ?;
+
+-- name: is_open
+-- Whether an attempt may still write.
+SELECT 1 FROM turn
+WHERE id = ? AND attempt = ? AND epoch = ? AND state IN ('RUNNING', 'RESUME_PENDING');
+
+-- name: begin_step
+-- An unsafe step is about to run: from here on a cut leaves it in doubt (promise 8).
+INSERT INTO step (turn, name, state, effect, attempt, began_at) VALUES (?, ?, 'begun', ?, ?, ?)
+ON CONFLICT (turn, name) DO UPDATE SET attempt = excluded.attempt, began_at = excluded.began_at;
+
+-- name: finish_step
+-- A step's result; no later attempt does it again.
+INSERT INTO step (turn, name, state, effect, result, attempt, began_at, done_at)
+VALUES (?1, ?2, 'done', ?3, ?4, ?5, ?6, ?7)
+ON CONFLICT (turn, name) DO UPDATE SET state = 'done', result = excluded.result,
+                                       done_at = excluded.done_at;
+
+-- name: steps_of
+-- Everything that a turn remembers.
+SELECT name, state, result FROM step WHERE turn = ?;
+
+-- name: copy_steps
+-- A turn that is retried goes on from what the first one remembered (promise 8).
+INSERT INTO step SELECT ?1, name, state, effect, result, attempt, began_at, done_at
+FROM step WHERE turn = ?2;
+
+-- name: add_delivery
+-- Into the outbox, under its stable key; a second insert of the same key changes nothing.
+INSERT INTO delivery (key, session, turn, n, part, parts, kind, about, text, attempt, final, state,
+                      epoch, created_at, delivered_at)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (key) DO NOTHING;
+
+-- name: reply_parts
+-- What was said before at this place of a turn, attempt by attempt.
+SELECT attempt, text FROM delivery WHERE turn = ? AND n = ? AND kind = ? ORDER BY attempt, part;
+
+-- name: deliveries_of
+-- What a turn said with its end.
+SELECT delivery.id, session.channel, session.name, delivery.key, delivery.text, delivery.about,
+       delivery.attempt, delivery.final, delivery.repeat, delivery.kind, delivery.part,
+       delivery.parts, delivery.turn, delivery.tries, delivery.not_before
+FROM delivery JOIN session ON session.id = delivery.session
+WHERE delivery.turn = ? AND delivery.final AND delivery.state IN ('pending', 'sending')
+ORDER BY delivery.id;
+
+-- name: open_deliveries
+-- Every reply that was committed and has not arrived, in order. Costs what is open.
+SELECT delivery.id, session.channel, session.name, delivery.key, delivery.text, delivery.about,
+       delivery.attempt, delivery.final, delivery.repeat, delivery.kind, delivery.part,
+       delivery.parts, delivery.turn, delivery.tries, delivery.not_before
+FROM delivery JOIN session ON session.id = delivery.session
+WHERE delivery.state IN ('pending', 'sending') ORDER BY delivery.id;
+
+-- name: drop_old_notices
+-- News of an earlier epoch is no news.
+UPDATE delivery SET state = 'dropped'
+WHERE state IN ('pending', 'sending') AND kind = 'notice' AND epoch != ?;
+
+-- name: doubt_sending
+-- Boot: what was being sent may have arrived; it is sent again and says so (promise 7).
+UPDATE delivery SET state = 'pending', repeat = 1
+WHERE state IN ('pending', 'sending') AND state = 'sending';
+
+-- name: delivery_sending
+-- About to be sent over a wire that cannot recognise a repeat.
+UPDATE delivery SET state = 'sending' WHERE id = ? AND state = 'pending';
+
+-- name: delivery_arrived
+-- The platform has it.
+UPDATE delivery SET state = 'delivered', delivered_at = ?, tries = ?, error = NULL
+WHERE id = ? AND state IN ('pending', 'sending');
+
+-- name: delivery_delayed
+-- It is tried again, not before a moment.
+UPDATE delivery SET state = 'pending', tries = ?, not_before = ?, error = ?, repeat = repeat OR ?
+WHERE id = ? AND state IN ('pending', 'sending');
+
+-- name: delivery_dead
+-- It is given up; a person can retry it.
+UPDATE delivery SET state = 'dead', tries = ?, error = ?
+WHERE id = ? AND state IN ('pending', 'sending');
+
+-- name: delivery_dropped
+-- A notice that could not be sent in time.
+UPDATE delivery SET state = 'dropped', error = ? WHERE id = ? AND state IN ('pending', 'sending');
+
+-- name: add_epoch
+-- A new life of a process.
+INSERT INTO epoch (pid, machine, started_at, seen_at, seen_up) VALUES (?, ?, ?, ?, ?);
+
+-- name: last_ending
+-- How the life before this one ended; NULL: it died.
+SELECT ending FROM epoch ORDER BY id DESC LIMIT 1;
+
+-- name: touch_epoch
+-- This process is alive.
+UPDATE epoch SET seen_at = ?, seen_up = ? WHERE id = ?;
+
+-- name: end_epoch
+-- This process leaves in order.
+UPDATE epoch SET seen_at = ?1, seen_up = ?2, ended_at = ?1, ending = ?3 WHERE id = ?4;
+
+-- name: count_open
+-- All messages that have not reached an end. Costs what is open.
+SELECT (SELECT count(*) FROM message WHERE state = 'queued')
+     + (SELECT count(*) FROM turn JOIN message ON message.turn = turn.id
+        WHERE turn.state IN ('RUNNING', 'RESUME_PENDING') AND message.state = 'running');
+
+-- name: old_messages
+-- One bite of retention: messages in the order of acceptance.
+SELECT seq, id, turn, state, ended_at, body IS NOT NULL FROM message
+WHERE seq > ? ORDER BY seq LIMIT ?;
+
+-- name: forget_text
+-- The text of a settled message is old enough to go; its id stays known.
+UPDATE message SET body = NULL WHERE seq = ?;
+
+-- name: forget_replies
+-- What was said in answer goes with it.
+UPDATE delivery SET text = NULL WHERE turn = ? AND state IN ('delivered', 'dropped');
+
+-- name: forget_steps
+-- And what was remembered to make it.
+DELETE FROM step WHERE turn = ?;
+
+-- name: forget_message
+-- The id itself is old enough to go.
+DELETE FROM message WHERE seq = ?;
+
+-- name: forget_deliveries
+-- With the deliveries of its turn,
+DELETE FROM delivery WHERE turn = ? AND state IN ('delivered', 'dropped');
+
+-- name: forget_attempts
+-- its attempts,
+DELETE FROM attempt WHERE turn = ?;
+
+-- name: forget_turn
+-- and the turn, once no message names it. The newest turn stays: ids are never given twice.
+DELETE FROM turn WHERE id = ?1 AND state NOT IN ('RUNNING', 'RESUME_PENDING')
+  AND NOT EXISTS (SELECT 1 FROM message WHERE message.turn = ?1)
+  AND id < (SELECT max(id) FROM turn);
+
+-- name: forget_loose
+-- Answers to commands and notices belong to no turn; they go by their own age.
+DELETE FROM delivery
+WHERE turn IS NULL AND created_at < ? AND state IN ('delivered', 'dropped');
+
+-- name: quarantined_turn
+-- A turn that was put aside.
+SELECT id, session FROM turn WHERE id = ? AND state = 'QUARANTINED';
+
+-- name: quarantined_ids
+-- Every turn that was put aside and whose messages still wait for a person.
+SELECT DISTINCT turn.id FROM turn JOIN message ON message.turn = turn.id
+WHERE turn.state = 'QUARANTINED' AND message.state = 'quarantined' ORDER BY turn.id;
+
+-- name: drop_quarantined
+-- A person gives a quarantined turn's messages up: they end for good.
+UPDATE message SET state = 'failed', error = 'dropped from quarantine'
+WHERE turn = ? AND state = 'quarantined' RETURNING id;
+
+-- name: retry_dead
+-- A person sends a dead letter again; an earlier try may have arrived.
+UPDATE delivery SET state = 'pending', tries = 0, not_before = NULL, repeat = 1
+WHERE id = ? AND state = 'dead' RETURNING id;
+
+-- name: drop_dead
+-- A person gives a dead letter up.
+UPDATE delivery SET state = 'dropped' WHERE id = ? AND state = 'dead' RETURNING id;
+
+-- name: history
+-- The past of a conversation before a point, newest first: messages that some turn took.
+SELECT message.seq, message.id, message.body, message.accepted_at, message.turn
+FROM message
+WHERE message.session = ? AND message.seq < ? AND message.conversation = ?
+  AND message.turn IS NOT NULL AND message.body IS NOT NULL AND message.state != 'queued'
+ORDER BY message.seq DESC LIMIT ?;
+
+-- name: said_in
+-- What a turn said, in order.
+SELECT n, group_concat(text, ''), max(created_at) FROM
+  (SELECT n, kind, text, created_at FROM delivery WHERE turn = ? AND text IS NOT NULL
+   AND kind IN ('say', 'answer', 'apology') ORDER BY id)
+GROUP BY n, kind ORDER BY max(created_at), n;
+
+-- name: place_of_turn
+-- Where a turn stands in its session: before its first message is the past.
+SELECT turn.session, turn.conversation, min(message.seq)
+FROM turn JOIN message ON message.turn = turn.id WHERE turn.id = ?;
+
+-- name: place_of_session
+-- Where a session stands now.
+SELECT id, conversation FROM session WHERE channel = ? AND name = ?;
+
+-- name: list_sessions
+-- Sessions, the one with the newest message first.
+SELECT session.channel, session.name, turn.id, turn.state, turn.attempt, turn.reason,
+  (SELECT count(*) FROM message WHERE message.session = session.id AND message.state = 'queued'),
+  (SELECT max(seq) FROM message WHERE message.session = session.id) AS newest,
+  (SELECT accepted_at FROM message WHERE message.session = session.id ORDER BY seq DESC LIMIT 1)
+FROM session LEFT JOIN turn
+  ON turn.session = session.id AND turn.state IN ('RUNNING', 'RESUME_PENDING')
+ORDER BY newest DESC LIMIT ?;
+
+-- name: sessions_named
+-- Sessions by their bare name, in whichever channels.
+SELECT channel, name FROM session WHERE name = ?;
+
+-- name: session_messages
+-- A session's messages, newest first.
+SELECT id, state, body, accepted_at, ended_at, error, turn FROM message
+WHERE session = ? ORDER BY seq DESC LIMIT ?;
+
+-- name: find_message
+-- A message by its id, in whichever channels.
+SELECT message.seq, message.channel, session.name, message.id, message.state, message.body,
+       message.accepted_at, message.ended_at, message.error, message.turn
+FROM message JOIN session ON session.id = message.session WHERE message.id = ?
+ORDER BY message.seq;
+
+-- name: turn_row
+-- One turn, whole.
+SELECT id, state, attempt, epoch, reason, crashes, interruptions, begun_at, attempt_at, marked_at,
+       settled_at, retry_of, checkpoint IS NOT NULL, error
+FROM turn WHERE id = ?;
+
+-- name: attempts_of
+-- The attempts of a turn that were interrupted.
+SELECT attempt, epoch, began_at, interrupted_at, reason FROM attempt WHERE turn = ? ORDER BY attempt;
+
+-- name: step_rows
+-- A turn's steps, in the order in which they began.
+SELECT name, state, effect, attempt, began_at, done_at FROM step WHERE turn = ? ORDER BY began_at;
+
+-- name: delivery_rows_of_turn
+-- What a turn said, and how that travelled.
+SELECT id, key, kind, part, parts, text, state, tries, error, repeat, created_at, delivered_at,
+       attempt
+FROM delivery WHERE turn = ? ORDER BY id;
+
+-- name: delivery_rows_about
+-- What was said to a message that no turn took (a command, an unreadable row).
+SELECT id, key, kind, part, parts, text, state, tries, error, repeat, created_at, delivered_at,
+       attempt
+FROM delivery WHERE turn IS NULL AND session = (SELECT session FROM message WHERE seq = ?1)
+  AND about = ?2 ORDER BY id;
+
+-- name: list_quarantined
+-- Turns that were put aside and wait for a person.
+SELECT turn.id, session.channel, session.name, turn.crashes, turn.interruptions, turn.attempt,
+       turn.begun_at, turn.settled_at, turn.error
+FROM turn JOIN session ON session.id = turn.session
+WHERE turn.state = 'QUARANTINED' AND EXISTS
+  (SELECT 1 FROM message WHERE message.turn = turn.id AND message.state = 'quarantined')
+ORDER BY turn.id;
+
+-- name: bodies_of
+-- The messages of a turn, whatever became of them.
+SELECT id, body, state FROM message WHERE turn = ? ORDER BY seq;
+
+-- name: list_dead
+-- Deliveries that were given up.
+SELECT delivery.id, session.channel, session.name, delivery.key, delivery.text, delivery.tries,
+       delivery.error, delivery.created_at, delivery.turn
+FROM delivery JOIN session ON session.id = delivery.session
+WHERE delivery.state = 'dead' ORDER BY delivery.id;
+
+-- name: counts
+-- What is open, in numbers.
+SELECT
+  (SELECT count(*) FROM turn WHERE state IN ('RUNNING', 'RESUME_PENDING') AND state = 'RUNNING'),
+  (SELECT count(*) FROM turn
+   WHERE state IN ('RUNNING', 'RESUME_PENDING') AND state = 'RESUME_PENDING'),
+  (SELECT count(*) FROM message WHERE state = 'queued'),
+  (SELECT count(*) FROM delivery WHERE state IN ('pending', 'sending')),
+  (SELECT count(*) FROM delivery WHERE state = 'dead'),
+  (SELECT count(*) FROM turn JOIN message ON message.turn = turn.id
+   WHERE turn.state = 'QUARANTINED' AND message.state = 'quarantined');
+
+-- name: open_turns
+-- Every open turn and its marker.
+SELECT turn.id, session.channel, session.name, turn.state, turn.attempt, turn.reason, turn.begun_at,
+       turn.crashes, turn.interruptions
+FROM turn JOIN session ON session.id = turn.session
+WHERE turn.state IN ('RUNNING', 'RESUME_PENDING') ORDER BY turn.id;
+
+-- name: replies_to_turn
+-- What a settled turn said, for whoever asks again.
+SELECT n, kind, attempt, part, parts, key, text, final, about FROM delivery
+WHERE turn = ? AND kind IN ('say', 'answer', 'apology') ORDER BY id;
+
+-- name: message_fate
+-- How one message of a channel stands.
+SELECT state, turn FROM message WHERE channel = ? AND id = ?;
+
+-- name: session_of_turn
+-- The session that a turn belongs to.
+SELECT session.channel, session.name FROM turn JOIN session ON session.id = turn.session
+WHERE turn.id = ?;

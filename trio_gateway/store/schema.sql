@@ -1,0 +1,137 @@
+-- The whole state of a gateway. Times are microseconds since 1970 (UTC), JSON is UTF-8 text.
+-- The partial indexes hold only what is open: boot and every statement on the way of a message
+-- cost what is open, not what is stored.
+
+-- One row: who this store is. Keys of replies and steps begin with its id.
+CREATE TABLE store (
+    id          TEXT NOT NULL,
+    created_at  INTEGER NOT NULL
+) STRICT;
+
+-- One life of one gateway process. seen_at is when it last wrote: the best answer to "when did
+-- it die?". machine and seen_up (a clock that nobody sets) survive a wall clock that jumps.
+CREATE TABLE epoch (
+    id          INTEGER PRIMARY KEY,
+    pid         INTEGER NOT NULL,
+    machine     TEXT NOT NULL,
+    started_at  INTEGER NOT NULL,
+    seen_at     INTEGER NOT NULL,
+    seen_up     INTEGER NOT NULL,
+    ended_at    INTEGER,
+    ending      TEXT
+) STRICT;
+
+-- A channel's place in its platform's stream, committed with the messages that it covers.
+CREATE TABLE cursor (
+    channel     TEXT PRIMARY KEY,
+    value       TEXT NOT NULL,
+    at          INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+-- One conversation. /new counts `conversation` up; history is read within one number.
+CREATE TABLE session (
+    id           INTEGER PRIMARY KEY,
+    channel      TEXT NOT NULL,
+    name         TEXT NOT NULL,
+    conversation INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (channel, name)
+) STRICT;
+
+-- What somebody sent. seq is the order of acceptance. state: queued, running, then one end:
+-- answered, failed, stopped, quarantined, expired. body is {"text", "sender"}; NULL once forgotten.
+CREATE TABLE message (
+    seq          INTEGER PRIMARY KEY,
+    channel      TEXT NOT NULL,
+    id           TEXT NOT NULL,
+    session      INTEGER NOT NULL REFERENCES session (id),
+    conversation INTEGER NOT NULL,
+    state        TEXT NOT NULL,
+    turn         INTEGER,
+    body         TEXT,
+    accepted_at  INTEGER NOT NULL,
+    ended_at     INTEGER,
+    error        TEXT,
+    UNIQUE (channel, id)
+) STRICT;
+CREATE INDEX message_queued ON message (session, seq) WHERE state = 'queued';
+CREATE INDEX message_session ON message (session, seq);
+CREATE INDEX message_turn ON message (turn) WHERE turn IS NOT NULL;
+
+-- One answer by the agent: the marker, and what a resumed attempt needs.
+CREATE TABLE turn (
+    id            INTEGER PRIMARY KEY,
+    session       INTEGER NOT NULL REFERENCES session (id),
+    conversation  INTEGER NOT NULL,
+    state         TEXT NOT NULL,
+    attempt       INTEGER NOT NULL DEFAULT 1,
+    epoch         INTEGER NOT NULL,
+    reason        TEXT,
+    crashes       INTEGER NOT NULL DEFAULT 0,
+    interruptions INTEGER NOT NULL DEFAULT 0,
+    begun_at      INTEGER NOT NULL,
+    attempt_at    INTEGER NOT NULL,
+    marked_at     INTEGER,
+    marked_up     INTEGER,
+    settled_at    INTEGER,
+    restart_asked INTEGER NOT NULL DEFAULT 0,
+    retry_of      INTEGER,
+    checkpoint    TEXT,
+    error         TEXT
+) STRICT;
+-- Unique: a session has at most one open turn, whatever the code above believes (promise 2).
+CREATE UNIQUE INDEX turn_open ON turn (session) WHERE state IN ('RUNNING', 'RESUME_PENDING');
+CREATE INDEX turn_quarantined ON turn (id) WHERE state = 'QUARANTINED';
+
+-- The attempts of a turn that did not settle it: written when the next one begins.
+CREATE TABLE attempt (
+    turn           INTEGER NOT NULL,
+    attempt        INTEGER NOT NULL,
+    epoch          INTEGER NOT NULL,
+    began_at       INTEGER NOT NULL,
+    interrupted_at INTEGER NOT NULL,
+    reason         TEXT NOT NULL,
+    PRIMARY KEY (turn, attempt)
+) STRICT, WITHOUT ROWID;
+
+-- A remembered step. state: begun (only unsafe ones, before they run), done.
+CREATE TABLE step (
+    turn        INTEGER NOT NULL,
+    name        TEXT NOT NULL,
+    state       TEXT NOT NULL,
+    effect      TEXT NOT NULL,
+    result      TEXT,
+    attempt     INTEGER NOT NULL,
+    began_at    INTEGER NOT NULL,
+    done_at     INTEGER,
+    PRIMARY KEY (turn, name)
+) STRICT, WITHOUT ROWID;
+
+-- The outbox: one reply, or one part of a long one. state: pending, sending (only where the
+-- platform has no idempotent send), then delivered, dead or dropped. about: the message ids
+-- that it answers, as JSON.
+CREATE TABLE delivery (
+    id           INTEGER PRIMARY KEY,
+    key          TEXT NOT NULL UNIQUE,
+    session      INTEGER NOT NULL REFERENCES session (id),
+    turn         INTEGER,
+    n            INTEGER NOT NULL,
+    part         INTEGER NOT NULL,
+    parts        INTEGER NOT NULL,
+    kind         TEXT NOT NULL,
+    about        TEXT NOT NULL,
+    text         TEXT,
+    attempt      INTEGER NOT NULL,
+    final        INTEGER NOT NULL,
+    repeat       INTEGER NOT NULL DEFAULT 0,
+    state        TEXT NOT NULL,
+    tries        INTEGER NOT NULL DEFAULT 0,
+    not_before   INTEGER,
+    error        TEXT,
+    epoch        INTEGER NOT NULL,
+    created_at   INTEGER NOT NULL,
+    delivered_at INTEGER
+) STRICT;
+CREATE INDEX delivery_open ON delivery (id) WHERE state IN ('pending', 'sending');
+CREATE INDEX delivery_dead ON delivery (id) WHERE state = 'dead';
+CREATE INDEX delivery_turn ON delivery (turn) WHERE turn IS NOT NULL;
+CREATE INDEX delivery_loose ON delivery (created_at) WHERE turn IS NULL;
