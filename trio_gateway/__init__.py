@@ -1,0 +1,115 @@
+"""Hosts chat agents on Trio and never loses a turn."""
+
+from ._agents import Agent, AsyncAgent, PlainAgent
+from ._clock import Clock, Instant, SystemClock
+from ._errors import (
+    AgentMisuse,
+    AgentNotUsable,
+    ChannelEnded,
+    ConfigError,
+    DeliveryError,
+    GatewayError,
+    GatewayStopping,
+    InvalidInput,
+    NotFound,
+    Refused,
+    RetryLater,
+    StepInDoubt,
+    StepNotStorable,
+    StoreBusy,
+    StoreClosed,
+    StoreCorrupt,
+    StoreError,
+    StoreFull,
+    StoreInUse,
+    StoreIOError,
+    StoreSchemaError,
+    Undeliverable,
+)
+from ._events import DrainReport, Event
+from ._gateway import Gateway, GatewayState, open_gateway
+from ._inbox import Authorize
+from ._markers import TRANSITIONS, Action, Marker, ResumeReason, TurnState
+from ._messages import (
+    LOCAL,
+    Cursor,
+    Delivery,
+    HistoryItem,
+    Intake,
+    Message,
+    Receipt,
+    ReceiptStatus,
+    Reply,
+    ReplyKind,
+    SessionKey,
+)
+from ._policy import Busy, DeliveryRules, Limits, ResumeRules, StopPlan
+from ._settings import Settings
+from ._turns import Turn, TurnInfo
+from .channels import Channel
+from .store import Resumed
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LOCAL",
+    "TRANSITIONS",
+    "Action",
+    "Agent",
+    "AgentMisuse",
+    "AgentNotUsable",
+    "AsyncAgent",
+    "Authorize",
+    "Busy",
+    "Channel",
+    "ChannelEnded",
+    "Clock",
+    "ConfigError",
+    "Cursor",
+    "Delivery",
+    "DeliveryError",
+    "DeliveryRules",
+    "DrainReport",
+    "Event",
+    "Gateway",
+    "GatewayError",
+    "GatewayState",
+    "GatewayStopping",
+    "HistoryItem",
+    "Instant",
+    "Intake",
+    "InvalidInput",
+    "Limits",
+    "Marker",
+    "Message",
+    "NotFound",
+    "PlainAgent",
+    "Receipt",
+    "ReceiptStatus",
+    "Refused",
+    "Reply",
+    "ReplyKind",
+    "ResumeReason",
+    "ResumeRules",
+    "Resumed",
+    "RetryLater",
+    "SessionKey",
+    "Settings",
+    "StepInDoubt",
+    "StepNotStorable",
+    "StopPlan",
+    "StoreBusy",
+    "StoreClosed",
+    "StoreCorrupt",
+    "StoreError",
+    "StoreFull",
+    "StoreIOError",
+    "StoreInUse",
+    "StoreSchemaError",
+    "SystemClock",
+    "Turn",
+    "TurnInfo",
+    "TurnState",
+    "Undeliverable",
+    "open_gateway",
+]

@@ -125,3 +125,10 @@ class StoreClosed(StoreError):
 
 class NotFound(GatewayError, LookupError):
     """Nothing in the store goes by that name."""
+
+
+def lone_cause(error: BaseException) -> str:
+    """The first line of what went wrong, without the groups around it."""
+    while isinstance(error, BaseExceptionGroup) and error.exceptions:
+        error = error.exceptions[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]

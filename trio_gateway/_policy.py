@@ -146,6 +146,16 @@ def lone_surrogate(text: str) -> int | None:
     return None
 
 
+def unicode_text(text: str) -> str:
+    """`text` as Unicode: halves of a character that belong together joined, lone ones replaced.
+
+    For what an agent says, where a broken character is no reason to lose the answer.
+    """
+    if lone_surrogate(text) is None:
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 # ----- resuming
 
 

@@ -30,6 +30,10 @@ class EventStream:
         """Whether anybody listens; saves building an event for nobody on the busiest paths."""
         return bool(self._listeners)
 
+    def add(self, listener: Callable[[Event], None]) -> None:
+        """Call `listener` with each event, as long as the stream lives."""
+        self._listeners.append(listener)
+
     @contextmanager
     def listen(self, listener: Callable[[Event], None]) -> Iterator[None]:
         """Call `listener` with each event until the block ends."""

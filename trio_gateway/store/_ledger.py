@@ -364,6 +364,7 @@ class Ledger:
             checkpoint=checkpoint,
             steps=self._steps(pending.id),
             restart_asked=bool(restart_asked),
+            alone=pending.marker.crashes >= _policy.SUSPECT_AT,
         )
 
     def messages_of(self, pending: PendingTurn) -> tuple[Message, ...]:

@@ -36,6 +36,7 @@ class OpenTurn:
     checkpoint: str | None = None
     steps: dict[str, Step] = attrs.field(factory=dict)
     restart_asked: bool = False
+    alone: bool = False
 
 
 @attrs.define

@@ -1,0 +1,679 @@
+"""The gateway: the blocks, nested so that the order of the blocks is the order of the shutdown.
+
+    store                     last: nothing is left to write
+      deliveries              committed replies still leave, over channels that are still connected
+        intake                the inbox stays open while turns drain
+          agent               what the agent owns outlives its turns
+            turns             first: one child, one cancel scope, per turn
+              recover
+              until a stop is requested
+
+All of it lives in one task beside the caller's block, shielded from the caller's cancellation:
+a stop is ours to order, and marks before it cancels.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
+from datetime import timedelta
+from enum import Enum
+from typing import Any, Final, overload
+
+import trio
+from trio_util import AsyncBool, AsyncValue
+
+from . import _recovery, _shutdown
+from ._agents import Agent, opened
+from ._clock import Clock, SystemClock
+from ._errors import GatewayStopping, StoreError
+from ._events import (
+    DrainReport,
+    Event,
+    GatewayFailed,
+    GatewayStarted,
+    StopRequested,
+    StoreTrouble,
+    TextsForgotten,
+    TurnUnresponsive,
+)
+from ._inbox import Authorize, ChannelIntake, Inbox, refused_error
+from ._links import Links
+from ._markers import ResumeReason, TurnState
+from ._messages import (
+    Cursor,
+    Delivery,
+    HistoryItem,
+    Message,
+    Receipt,
+    ReceiptStatus,
+    Reply,
+    SessionKey,
+)
+from ._outbox import Outbox
+from ._policy import RESUMED_NOTICE, STOPPING_NOTICE, Busy, StopPlan, Verdict, plan_stop
+from ._sessions import Sessions
+from ._settings import Settings
+from ._stream import EventStream
+from ._turns import Desk, Running, TurnInfo, Turns, Why, pending_end
+from ._waiters import Waiters
+from .channels import Channel
+from .store import MESSAGE_END, PendingTurn, Recovered, Settlement, SqliteStore, open_store
+from .store._writer import no_tap
+
+TOUCH_EVERY: Final = 30.0
+"""Seconds between two notes that this process lives; what a crash is dated by."""
+
+FORGET_EVERY: Final = 3600.0
+"""Seconds between two rounds of retention."""
+
+_ENDS: Final = frozenset(MESSAGE_END.values())
+
+
+class GatewayState(Enum):
+    """Where a gateway is in its life."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class Gateway:
+    """Hosts one agent. Made by `open_gateway`."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        channels: Sequence[Channel],
+        settings: Settings,
+        authorize: Authorize | None,
+        clock: Clock,
+        store: Callable[[], AbstractAsyncContextManager[SqliteStore]],
+    ) -> None:
+        self._agent = agent
+        self._settings = settings
+        self._authorize = authorize
+        self._clock = clock
+        self._open_store = store
+        self._events = EventStream()
+        self._waiters = Waiters()
+        self._links = Links(
+            channels,
+            self._events,
+            settings.limits.deliveries,
+            on_connect=self._on_connect,
+            on_end=lambda name: self.request_stop(by=f"channel {name} has ended"),
+        )
+        self._sessions = Sessions(
+            settings.limits.turns, self._links.connected, collect=settings.busy is Busy.COLLECT
+        )
+        self._draining = AsyncBool(False)
+        self._stop_requested = trio.Event()
+        self._stopped = trio.Event()
+        self._window = _shutdown.Window()
+        self.plan: StopPlan = plan_stop(settings.grace, settings.budget)
+        """The stop's budget and its windows, in seconds."""
+        self.state: AsyncValue[GatewayState] = AsyncValue(GatewayState.STARTING)
+        """Where the gateway is in its life; can be awaited."""
+        self.stop_reason: ResumeReason | None = None
+        """Why it stops; None while it does not."""
+        self.report: DrainReport | None = None
+        """What the stop did; None before."""
+        self.failure: Exception | None = None
+        """What failed of the gateway's own code; leaving the block raises it."""
+        self.epoch = 0
+        """The number of this life in the store."""
+        self.on_unresponsive: Callable[[DrainReport], None] | None = None
+        """Called when turns did not end after they were cancelled, with everything written and the
+        store closed: for a host that owns the process and can leave. Without it, leaving the block
+        waits for those turns, as Trio does."""
+
+    # ----- for the host program
+
+    @overload
+    async def accept(self, message: Message, /, *, cursor: Cursor | None = None) -> Receipt: ...
+    @overload
+    async def accept(
+        self, messages: Iterable[Message], /, *, cursor: Cursor | None = None
+    ) -> tuple[Receipt, ...]: ...
+    async def accept(
+        self, messages: Message | Iterable[Message], /, *, cursor: Cursor | None = None
+    ) -> Receipt | tuple[Receipt, ...]:
+        """Hand in one message (one receipt) or a batch (a tuple of them, in order), with the
+        channel's cursor that covers them. Returns after the commit.
+
+        Also while the gateway drains: such messages are answered after the next boot. Raises
+        `StoreError` if nothing could be written; nothing was accepted then. A cancellation counts
+        only until the commit has begun.
+        """
+        if isinstance(messages, Message):
+            return (await self._inbox.accept((messages,), cursor))[0]
+        return await self._inbox.accept(tuple(messages), cursor)
+
+    async def ask(self, message: Message) -> tuple[Reply, ...]:
+        """Hand in a message and wait until it is settled; return what was said to it, in order,
+        the final reply (or apology) last. A message that was answered before is not answered
+        again: its replies come from the store.
+
+        Raises `Refused`, `StoreError`, and `GatewayStopping` if the gateway stops before the
+        message is settled: it is kept, and is answered after the next boot. Cancelling the wait
+        does not cancel the turn.
+        """
+        channel = message.channel
+        settled = self._waiters.event(channel, message.id)
+        receipt = await self.accept(message)
+        if not receipt.accepted:
+            self._waiters.forget(channel, message.id)
+            raise refused_error(receipt)
+        if receipt.status is ReceiptStatus.DUPLICATE:
+            state, replies = await self._store.replies_to(channel, message.id)
+            if state in _ENDS:
+                self._waiters.forget(channel, message.id)
+                return replies
+        await settled.wait()
+        if self._stopped.is_set() or self._waiters.abandoned:
+            raise GatewayStopping(
+                f"the gateway stops; message {message.id!r} is kept and answered after the boot"
+            )
+        return (await self._store.replies_to(channel, message.id))[1]
+
+    async def history(self, session: SessionKey, limit: int = 50) -> tuple[HistoryItem, ...]:
+        """The last `limit` lines of a conversation, oldest first."""
+        return await self._store.history(session, None, limit)
+
+    async def stop_turn(self, session: SessionKey) -> bool:
+        """End the open turn of a session for good, like /stop. False: it has none."""
+        return await self._inbox.stop_turn(session)
+
+    def turns(self) -> tuple[TurnInfo, ...]:
+        """The turns that are running."""
+        now = trio.current_time()
+        return tuple(
+            TurnInfo(
+                id=child.turn.id,
+                session=child.turn.session,
+                attempt=child.turn.attempt,
+                running_for=now - child.since,
+            )
+            for child in self._turns.running()
+        )
+
+    def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """What happens from now on: `async with gateway.events() as events: async for ...`."""
+        return self._events.subscribe()
+
+    def listen(self, listener: Callable[[Event], None]) -> AbstractContextManager[None]:
+        """Call `listener` with each event while the block lasts. It must not block."""
+        return self._events.listen(listener)
+
+    @property
+    def draining(self) -> AsyncBool:
+        """True once a stop has marked the open turns; can be awaited."""
+        return self._draining
+
+    def statistics(self) -> dict[str, int]:
+        """What is open in this process, in numbers."""
+        return {
+            "turns_running": len(self._turns),
+            "slots_free": self._sessions.slots_free,
+            "sessions_open": len(self._sessions),
+            "messages_open": self._sessions.open_messages,
+            "undelivered": self._outbox.undelivered,
+        }
+
+    # ----- stopping and waiting
+
+    def request_stop(
+        self,
+        reason: ResumeReason = ResumeReason.SHUTDOWN,
+        *,
+        by: str = "the host",
+        now: bool = False,
+    ) -> None:
+        """Ask the gateway to stop. The first call counts, and gives the reason; a later one changes
+        nothing, but for `now=True`, which ends the drain's window at once."""
+        if now:
+            self._window.end_now()
+        if self.stop_reason is None:
+            self.stop_reason = reason
+            self._events.emit(StopRequested(reason=reason, by=by))
+            self._stop_requested.set()
+
+    async def wait_stop_requested(self) -> None:
+        """Wait until somebody has asked for a stop."""
+        await self._stop_requested.wait()
+
+    async def wait_input_ended(self) -> None:
+        """Wait until no channel has more input; for ever, if there is no channel."""
+        await self._links.wait_input_ended()
+
+    async def wait_idle(self) -> None:
+        """Wait until every accepted message has reached its end and every reply has arrived."""
+        while not self._is_idle() and not self._waiters.abandoned:
+            await self._waiters.wait_idle()
+
+    def mark_from_thread(self, reason: ResumeReason, timeout: float) -> int | None:
+        """Mark every open turn from a thread, for a watchdog whose loop does not answer. `timeout`
+        in seconds; None: not done in time, or nothing is open yet."""
+        store = getattr(self, "_store", None)
+        return None if store is None else store.mark_resume_pending_from_thread(reason, timeout)
+
+    def _is_idle(self) -> bool:
+        return self._sessions.quiet and not self._turns and not self._outbox.undelivered
+
+    def _on_quiet(self) -> None:
+        if self._is_idle():
+            self._waiters.idle()
+
+    def _on_connect(self, channel: str) -> None:
+        self._sessions.connect(channel)
+        self._turns.dispatch()
+
+    # ----- the blocks
+
+    async def _live(self, *, task_status: trio.TaskStatus[None]) -> None:
+        try:
+            await self._live_in_blocks(task_status)
+        except BaseExceptionGroup as group:
+            raise _lone(group) from None  # the nurseries' wrapping says nothing to the caller
+        finally:
+            self.state.value = GatewayState.STOPPED
+            self._stopped.set()
+            self._waiters.abandon()
+        if self.failure is not None:
+            raise self.failure
+
+    async def _live_in_blocks(self, task_status: trio.TaskStatus[None]) -> None:
+        with trio.CancelScope(shield=True):
+            async with self._open_store() as self._store:
+                async with self._deliveries():
+                    async with self._intake():
+                        async with opened(self._agent) as agent:
+                            async with self._turns.hosting(agent):
+                                await self._recover()
+                                task_status.started()
+                                await self._until_stopped()
+
+    @asynccontextmanager
+    async def _deliveries(self) -> AsyncIterator[None]:
+        """Committed replies leave, over channels that are served, until the end."""
+        async with trio.open_nursery() as nursery:
+            self._wires = nursery
+            self._outbox = self._make_outbox()
+            self._turns = Turns(self._make_desk())
+            nursery.start_soon(self._guard, self._outbox.run)
+            yield
+            await self._flush()
+            nursery.cancel_scope.cancel(reason="the gateway has stopped")
+        await self._note_end()
+
+    @asynccontextmanager
+    async def _intake(self) -> AsyncIterator[None]:
+        """The inbox is open while turns run and while they drain."""
+        settings = self._settings
+        self._inbox = Inbox(
+            self._turns.desk,
+            self._turns,
+            settings.limits,
+            self._authorize,
+            commands=settings.commands,
+        )
+        try:
+            yield
+        finally:
+            self._inbox.open = False
+
+    async def _recover(self) -> None:
+        house = _House(self)
+        self._recovery = await _recovery.recover(self._store, house, self._settings.resume)
+        recovered = self._recovery.recovered
+        self.epoch = recovered.epoch
+        self._events.emit(
+            GatewayStarted(
+                epoch=self.epoch,
+                previous_stop=recovered.previous_stop,
+                resuming=len(self._recovery.resuming),
+                quarantined=self._recovery.count(Verdict.QUARANTINE),
+                expired=self._recovery.count(Verdict.EXPIRE),
+                waiting=sum(waiting.queued for waiting in recovered.waiting),
+                undelivered=len(recovered.deliveries),
+            )
+        )
+
+    async def _until_stopped(self) -> None:
+        async with trio.open_nursery() as services:
+            self._services = services
+            services.start_soon(self._guard, self._resume_all)
+            services.start_soon(self._guard, self._touch)
+            services.start_soon(self._guard, self._forget)
+            self._wires.start_soon(self._guard, self._links.serve_all, self._intake_of)
+            self._turns.dispatch()
+            self.state.value = GatewayState.SERVING
+            await self._stop_requested.wait()
+            self._sessions.shut_door()
+            services.cancel_scope.cancel(reason="the gateway stops")
+        await self._shut_down(self.stop_reason or ResumeReason.SHUTDOWN)
+
+    async def _shut_down(self, reason: ResumeReason) -> None:
+        self.state.value = GatewayState.DRAINING
+        self.report = await _shutdown.shut_down(
+            self._store, _House(self), self.plan, reason, self._window
+        )
+        self._events.emit(self.report)
+        if self.report.unresponsive:
+            await self._leave_behind(self.report)
+
+    async def _leave_behind(self, report: DrainReport) -> None:
+        """Some turns do not end. Everything else does: a host that can leave is let go."""
+        for child in self._turns.running():
+            self._events.emit(
+                TurnUnresponsive(
+                    session=child.turn.session,
+                    turn=child.turn.id,
+                    attempt=child.turn.attempt,
+                    waited=self.plan.unwind,
+                )
+            )
+        if self.on_unresponsive is not None:
+            self._inbox.open = False
+            await self._flush()
+            await self._note_end()
+            with trio.move_on_after(self.plan.spare):
+                await self._store.aclose()
+            self.on_unresponsive(report)
+
+    async def _flush(self) -> None:
+        """Let committed replies leave, for a moment; what does not leave is kept."""
+        with trio.move_on_after(self.plan.flush):
+            await self._outbox.wait_empty()
+
+    async def _note_end(self) -> None:
+        """So that the next boot knows that this life ended in order."""
+        ending = "failure" if self.failure else str(self.stop_reason or "shutdown")
+        try:
+            await self._store.end_epoch(ending)
+        except StoreError as error:
+            self._events.emit(StoreTrouble(operation="end of epoch", error=str(error)))
+
+    # ----- services: each is guarded
+
+    async def _guard(self, service: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """A failure of our own code is a reason to stop in order: mark, drain, leave with 1."""
+        try:
+            await service(*args)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        if self.failure is None:
+            self.failure = error
+        trace = "".join(traceback.format_exception(error))
+        self._events.emit(GatewayFailed(error=repr(error), traceback=trace))
+        self.request_stop(by="a failure of the gateway itself")
+
+    async def _resume_all(self) -> None:
+        await _recovery.resume_all(
+            self._recovery,
+            self._store,
+            _House(self),
+            self._settings.resume,
+            self._authorize,
+            RESUMED_NOTICE,
+        )
+
+    async def _touch(self) -> None:
+        """While turns run, note now and then that this process lives: a crash is dated by it."""
+        while True:
+            await trio.sleep(TOUCH_EVERY)
+            if self._turns:
+                await self._tolerantly("touch", self._store.touch)
+
+    async def _forget(self) -> None:
+        """Retention: in small bites, so that nobody waits behind one."""
+        while True:
+            await trio.sleep(FORGET_EVERY)
+            await self._tolerantly("forget", self._forget_once)
+
+    async def _forget_once(self) -> None:
+        now = self._clock.now().wall
+        keep = now - _microseconds(self._settings.keep)
+        remember = now - _microseconds(self._settings.remember)
+        texts = messages = 0
+        seq: int | None = 0
+        while seq is not None:
+            bite = await self._store.forget(seq, keep, remember)
+            texts, messages, seq = texts + bite.texts, messages + bite.messages, bite.next_seq
+            await trio.sleep(0.01)
+        if texts or messages:
+            self._events.emit(TextsForgotten(texts=texts, messages=messages))
+
+    async def _tolerantly(self, what: str, call: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await call()
+        except StoreError as error:
+            self._events.emit(StoreTrouble(operation=what, error=str(error)))
+
+    def _ask_restart(self, child: Running) -> None:
+        self._services.start_soon(self._guard, self._restart_after, child)
+
+    async def _restart_after(self, child: Running) -> None:
+        """Let the turn that asked settle first (promise 13); not for longer than a window."""
+        await self._tolerantly(
+            "ask for a restart", lambda: self._store.ask_restart(child.turn.id)
+        )
+        with trio.move_on_after(self.plan.grace):
+            await child.over.wait()
+        self.request_stop(ResumeReason.RESTART, by=f"turn {child.turn.id}")
+
+    def _intake_of(self, channel: str) -> ChannelIntake:
+        return ChannelIntake(self._inbox, self._turns.desk, channel)
+
+    # ----- the parts
+
+    def _make_outbox(self) -> Outbox:
+        return Outbox(
+            self._store,
+            self._links,
+            self._sessions,
+            self._events,
+            self._settings.delivery,
+            self._clock,
+            on_end=lambda name: self.request_stop(by=f"channel {name} has ended"),
+            on_quiet=self._on_quiet,
+        )
+
+    def _make_desk(self) -> Desk:
+        return Desk(
+            store=self._store,
+            links=self._links,
+            sessions=self._sessions,
+            outbox=self._outbox,
+            waiters=self._waiters,
+            events=self._events,
+            clock=self._clock,
+            busy=self._settings.busy,
+            time_limit=self._settings.time_limit,
+            draining=self._draining,
+            ask_restart=self._ask_restart,
+            on_quiet=self._on_quiet,
+            on_failure=self._fail,
+        )
+
+
+def _lone(error: BaseException) -> BaseException:
+    """What is alone inside groups of one."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _microseconds(span: timedelta) -> int:
+    return span // timedelta(microseconds=1)
+
+
+class _House:
+    """The gateway as recovery and shutdown see it: what they need, by the names that they use."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._sessions = gateway._sessions
+        self._turns = gateway._turns
+        self._outbox = gateway._outbox
+        self._links = gateway._links
+        self._events = gateway._events
+        self._settings = gateway._settings
+
+    # ----- for recovery
+
+    def knows_channel(self, channel: str) -> bool:
+        return self._links.has(channel)
+
+    async def wait_connected(self, channel: str) -> None:
+        link = self._links.get(channel)
+        if link is not None:
+            await link.wait_connected()
+
+    def place(self, recovered: Recovered) -> None:
+        sessions = self._sessions
+        for pending in recovered.turns:
+            if self.knows_channel(pending.session.channel):
+                session = sessions.get(pending.session)
+                session.id, session.busy = pending.session_id, True
+                sessions.opened(session, len(pending.message_ids))
+        for waiting in recovered.waiting:
+            if self.knows_channel(waiting.session.channel):
+                session = sessions.get(waiting.session)
+                session.id = waiting.session_id
+                sessions.opened(session, waiting.queued)
+                sessions.queue(session, waiting.queued)
+                sessions.line_up(session)
+        sessions.elsewhere = recovered.open_messages - sessions.open_messages
+        self._outbox.put(recovered.deliveries)
+
+    def end_of(
+        self, pending: PendingTurn, state: TurnState, why: str, apology: str
+    ) -> Settlement:
+        return pending_end(pending, state, why, self._turns.apology(pending, apology))
+
+    async def end(self, ends: Sequence[tuple[PendingTurn, Settlement]]) -> None:
+        if ends:
+            await self._turns.end_pending_turns(ends)
+
+    async def resume(self, pending: PendingTurn) -> None:
+        await self._turns.resume(pending)
+
+    def send(self, deliveries: Sequence[Delivery]) -> None:
+        self._outbox.put(deliveries)
+
+    def wants_notice(self, channel: str) -> bool:
+        link = self._links.get(channel)
+        return self._settings.notices and link is not None and link.channel.notices
+
+    # ----- for the shutdown
+
+    def shut_door(self) -> None:
+        self._sessions.shut_door()
+
+    def open_turns(self) -> frozenset[int]:
+        return frozenset(child.turn.id for child in self._turns.running())
+
+    def say(self, event: Event) -> None:
+        self._events.emit(event)
+
+    def show_draining(self) -> None:
+        self._gateway.draining.value = True
+
+    async def tell_people(self) -> None:
+        who = [
+            (child.turn.session, child.turn.session_id)
+            for child in self._turns.running()
+            if self.wants_notice(child.turn.session.channel)
+        ]
+        if not who:
+            return
+        try:
+            self.send(await self._gateway._store.notify(who, "stopping", STOPPING_NOTICE))
+        except StoreError as error:
+            self.say(StoreTrouble(operation="notice", error=str(error)))
+
+    async def wait_drained(self) -> None:
+        await self._turns.wait_empty()
+
+    def unwritten(self) -> Sequence[Settlement]:
+        return [child.end for child in self._turns.unsettled() if child.end is not None]
+
+    async def write_ends(self, ends: Sequence[Settlement]) -> None:
+        self._turns.account(ends, await self._gateway._store.clear_resume_pending(ends))
+
+    def cancel_turns(self) -> None:
+        for child in self._turns.running():
+            child.cancel(Why.DRAINED)
+
+    def undelivered(self) -> int:
+        return self._outbox.undelivered
+
+
+@asynccontextmanager
+async def open_gateway(
+    agent: Agent,
+    *,
+    store: str | os.PathLike[str] = "gateway.db",
+    channels: Sequence[Channel] = (),
+    settings: Settings | None = None,
+    authorize: Authorize | None = None,
+    listen: Callable[[Event], None] | None = None,
+    clock: Clock | None = None,
+    inline_store: bool = False,
+    tap: Callable[[str], None] | None = None,
+) -> AsyncIterator[Gateway]:
+    """Host `agent` for the length of the block; leaving the block drains.
+
+    Entering: opens the store at the path `store`, recovers what was interrupted, and serves
+    `channels`. Leaving, in whatever way: marks the open turns, lets them settle within the grace
+    of `settings`, and leaves the others to the next boot; `gateway.report` says what happened. A
+    cancelled block has no grace: the turns are marked, then cancelled.
+
+    `authorize` is asked for every message and for every turn that resumes. `listen` hears every
+    event of this life, the first and the last included; it must not block. `clock`,
+    `inline_store` and `tap` are for tests; see `trio_gateway.testing`.
+
+    Raises `StoreInUse`, `StoreCorrupt`, `StoreSchemaError`, `StoreIOError`, `AgentNotUsable`,
+    `ConfigError` on entering; what the body raised, or the failure of the gateway's own code, on
+    leaving.
+    """
+    clock = clock or SystemClock()
+    made = Gateway(
+        agent,
+        channels,
+        settings or Settings(),
+        authorize,
+        clock,
+        lambda: open_store(store, clock=clock, inline=inline_store, tap=tap or no_tap),
+    )
+    if listen is not None:
+        made._events.add(listen)
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                await nursery.start(made._live)
+                yield made
+            except (trio.Cancelled, BaseExceptionGroup) as error:
+                made.request_stop(by="the block was left", now=_is_cancelled(error))
+                raise
+            finally:
+                made.request_stop(by="the block was left")
+                with trio.CancelScope(shield=True):
+                    await made._stopped.wait()
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:
+            raise group.exceptions[0] from group.exceptions[0].__cause__
+        raise
+
+
+def _is_cancelled(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(trio.Cancelled) is not None
+    return isinstance(error, trio.Cancelled)

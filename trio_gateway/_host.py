@@ -1,0 +1,201 @@
+"""The process around a gateway: signals, the supervisor, the exit code.
+
+0    stopped in order, also when turns were interrupted: they resume at the next boot
+1    failed: the gateway's own code, or a store that cannot be opened
+75   stopped in order, and wants to be started again
+78   cannot be used as it is configured; starting it again will not help
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import trio
+
+from ._errors import AgentNotUsable, ConfigError, GatewayError
+from ._events import DrainReport, Event, MarkingFailed, StopRequested, TurnsMarked
+from ._gateway import Gateway, open_gateway
+from ._markers import ResumeReason
+from ._policy import plan_stop
+from ._settings import Settings
+from ._signals import EXIT_FAILURE, EXIT_RESTART, SignalDesk, Stop, write_some
+from ._supervisor import Supervisor
+from ._tasktree import task_tree
+from .channels import Channel
+
+EXIT_OK: Final = 0
+EXIT_CONFIG: Final = 78
+
+FLUSH: Final = 1.0
+"""Seconds that the log gets to be written at the end."""
+
+LINGER: Final = 3.0
+"""Seconds that the process gets to end by itself after the gateway has, if the budget has them."""
+
+
+class HostLog(Protocol):
+    """Where the host's log goes. No method may wait for a reader, but `flush`, so long."""
+
+    def listener(self, event: Event) -> None:
+        """Tell an event of the gateway."""
+        ...
+
+    def say(self, level: str, event: str, **fields: object) -> None:
+        """Tell something that is no event of the gateway."""
+        ...
+
+    def flush(self, timeout: float) -> object:
+        """Wait until all is written, at most `timeout` seconds."""
+        ...
+
+
+def host(
+    agent: Any,
+    *,
+    store: str | Path,
+    channels: Sequence[Channel],
+    settings: Settings,
+    log: HostLog,
+    signals: SignalDesk,
+) -> int:
+    """Host an agent until somebody stops it; return the exit code for the process.
+
+    A stop is asked for by a signal (`signals` is installed already), by the agent, by the end of
+    all input (once everything accepted is answered and delivered), or by a channel whose other
+    end is gone. Does not return when turns do not end although they were cancelled, or when the
+    stop's budget is over: then the process leaves from here, with true markers.
+    """
+    signals.use_plan(plan_stop(settings.grace, settings.budget))
+    house = _House(agent, store, channels, settings, log, signals)
+    try:
+        signals.run(house, house.live)
+        code = house.code()
+    except (Exception, BaseExceptionGroup) as error:
+        code = house.failed(error)
+    log.flush(min(FLUSH, signals.time_left / 2))
+    signals.leave_within(min(LINGER, signals.time_left / 2), code)
+    return code
+
+
+class _House:
+    """One gateway, as its host serves it."""
+
+    def __init__(
+        self,
+        agent: Any,
+        store: str | Path,
+        channels: Sequence[Channel],
+        settings: Settings,
+        log: HostLog,
+        signals: SignalDesk,
+    ) -> None:
+        self._open: Callable[[], Any] = lambda: open_gateway(
+            agent, store=store, channels=channels, settings=settings
+        )
+        self._log = log
+        self._signals = signals
+        self._supervisor = Supervisor()
+        self._gateway: Gateway | None = None
+
+    async def live(self) -> None:
+        """The whole life."""
+        with ExitStack() as until_stopped:
+            async with self._open() as gateway:
+                # Heard until after the drain, and so beyond this block.
+                until_stopped.enter_context(gateway.listen(self._hear))
+                gateway.on_unresponsive = self._leave
+                self._gateway = gateway
+                self._supervisor.ready()
+                self._signals.obey()
+                await self._until_stop(gateway)
+
+    async def _until_stop(self, gateway: Gateway) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._stop_at_end_of_input, gateway)
+            await gateway.wait_stop_requested()
+            nursery.cancel_scope.cancel()
+
+    async def _stop_at_end_of_input(self, gateway: Gateway) -> None:
+        await gateway.wait_input_ended()
+        await gateway.wait_idle()
+        gateway.request_stop(by="the end of the input")
+
+    def _hear(self, event: Event) -> None:
+        self._log.listener(event)
+        if isinstance(event, StopRequested):
+            self._signals.arm(event.reason, event.by)
+        elif isinstance(event, TurnsMarked | MarkingFailed):
+            self._signals.marked()
+        self._supervisor.hear(event, lambda: self._signals.time_left)
+
+    # ----- for the signal desk
+
+    def stop(self, stop: Stop) -> None:
+        """Stop the gateway; before there is one, the stop waits (see `live`)."""
+        if self._gateway is not None:
+            self._gateway.request_stop(stop.reason, by=stop.by, now=stop.now)
+
+    def show(self) -> str:
+        """The open turns and Trio's tasks."""
+        turns = self._gateway.turns() if self._gateway is not None else ()
+        lines = [
+            f"  turn {turn.id} of {str(turn.session)!r}, attempt {turn.attempt},"
+            f" running for {turn.running_for:.1f} s"
+            for turn in turns
+        ]
+        return "\n".join([f"{len(turns)} open turns", *lines, "tasks:", task_tree(), ""])
+
+    def mark(self, reason: ResumeReason, timeout: float) -> int | None:
+        """Mark the open turns from the desk's thread."""
+        gateway = self._gateway
+        if gateway is None:
+            return None
+        try:
+            return gateway.mark_from_thread(reason, timeout)
+        except GatewayError:
+            return None  # they are RUNNING on disk, and resume all the same
+
+    def flush(self, timeout: float) -> None:
+        """Get the log out."""
+        self._log.flush(timeout)
+
+    # ----- the end
+
+    def code(self) -> int:
+        """The exit code of an orderly end."""
+        gateway = self._gateway
+        restart = gateway is not None and gateway.stop_reason is ResumeReason.RESTART
+        return EXIT_RESTART if restart else EXIT_OK
+
+    def failed(self, error: BaseException) -> int:
+        """Tell what went wrong, once and clearly; return the exit code."""
+        if self._gateway is not None and self._gateway.failure is not None:
+            return EXIT_FAILURE  # told already, with its traceback
+        causes = list(_leaves(error))
+        if not all(isinstance(cause, GatewayError) for cause in causes):
+            trace = "".join(traceback.format_exception(error))
+            self._log.say("critical", "host_failed", error=repr(error), traceback=trace)
+            return EXIT_FAILURE
+        self._log.flush(FLUSH)
+        for cause in causes:
+            write_some(2, f"trio-gateway: {cause}\n".encode(errors="backslashreplace"))
+        usable = not any(isinstance(cause, ConfigError | AgentNotUsable) for cause in causes)
+        return EXIT_FAILURE if usable else EXIT_CONFIG
+
+    def _leave(self, report: DrainReport) -> None:
+        """Turns that swallow their cancellation are left behind: the stop was served, they resume."""
+        self._log.flush(min(FLUSH, self._signals.time_left / 2))
+        os._exit(self.code())
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:  # pyright: ignore[reportUnknownVariableType]
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -1,0 +1,273 @@
+"""The inbox: deduplicate, commit, and only then acknowledge.
+
+A message that finds its session idle and a slot free begins its turn in the very transaction that
+accepts it. The inbox stays open while turns drain: what arrives then waits for the next boot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import attrs
+
+from ._errors import ConfigError, Refused
+from ._events import InputRefused, MessageAccepted, MessageRefused, TurnSettled
+from ._markers import TurnState
+from ._messages import Cursor, HistoryItem, Message, Receipt, ReceiptStatus, SessionKey
+from ._policy import Busy, Command, Limits, Refusal, admit, command_in
+from ._sessions import Session
+from ._turns import Desk, Turns, Why
+from .store import Admitted, Arrival
+
+Authorize = Callable[[Message], Awaitable[bool]]
+"""Asked for every message, and again for every turn that resumes: may its sender talk to the agent?
+False and an exception both mean no."""
+
+
+class Inbox:
+    """Takes messages in."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        turns: Turns,
+        limits: Limits,
+        authorize: Authorize | None,
+        *,
+        commands: bool,
+    ) -> None:
+        self._desk = desk
+        self._turns = turns
+        self._limits = limits
+        self._authorize = authorize
+        self._commands = commands
+        self.open = True
+
+    async def accept(
+        self, messages: Sequence[Message], cursor: Cursor | None
+    ) -> tuple[Receipt, ...]:
+        """Take messages in with the cursor that covers them; receipts in the same order."""
+        verdicts = [await self._look_at(message) for message in messages]
+        chosen: list[tuple[Session, Arrival]] = []
+        refused: dict[int, Receipt] = {}
+        for index, (message, malformed) in enumerate(zip(messages, verdicts, strict=True)):
+            refusal = malformed or self._no_room(message)
+            if refusal is None:
+                chosen.append(self._expect(message))
+            else:
+                refused[index] = await self._refuse(message, refusal)
+        admitted = iter(await self._commit(chosen, cursor))
+        return tuple(
+            refused[index] if index in refused else next(admitted).receipt
+            for index in range(len(messages))
+        )
+
+    # ----- read and decide
+
+    async def _look_at(self, message: Message) -> Refusal | None:
+        if not self.open:
+            return Refusal("the gateway is closing; send it again", retryable=True)
+        refusal = admit(message, self._limits, open_in_session=0, open_in_all=0)
+        if refusal is not None or self._authorize is None:
+            return refusal
+        return None if await allowed(self._authorize, message) else Refusal("not allowed")
+
+    def _no_room(self, message: Message) -> Refusal | None:
+        sessions = self._desk.sessions
+        if self._command(message) is not None:
+            return None  # a full inbox must not keep anybody from saying /stop
+        session = sessions.find(message.key)
+        if session is not None and session.busy and self._desk.busy is Busy.REJECT:
+            return Refusal("busy with the message before; try again when it is answered", True)
+        return admit(
+            message,
+            self._limits,
+            open_in_session=0 if session is None else session.open,
+            open_in_all=sessions.open_messages + sessions.elsewhere,
+        )
+
+    def _command(self, message: Message) -> Command | None:
+        return command_in(message.text) if self._commands else None
+
+    def _expect(self, message: Message) -> tuple[Session, Arrival]:
+        """Count the message as open before it is, and take the slot that its turn will need."""
+        sessions = self._desk.sessions
+        session = sessions.get(message.key)
+        command = self._command(message)
+        arrival = Arrival(
+            message,
+            session_id=session.id,
+            command=command,
+            arrived=self._desk.links.is_local(message.channel),
+        )
+        if command is None:
+            sessions.opened(session, 1)
+            if sessions.may_begin_at_once(session):
+                arrival.begin = True
+                sessions.occupy(session)
+                self._turns.opening()
+            arrival.interrupt = self._desk.busy is Busy.INTERRUPT and sessions.door_open
+        session.accepting += 1
+        return session, arrival
+
+    async def _refuse(self, message: Message, refusal: Refusal) -> Receipt:
+        if refusal.retryable and await self._is_known(message):
+            # Sent again while there is no room: it was accepted before, and that stands.
+            self._say_accepted(message, duplicate=True)
+            return Receipt(status=ReceiptStatus.DUPLICATE, session=message.key, id=message.id)
+        session = SessionKey(str(message.channel), str(message.session))
+        self._desk.events.emit(
+            MessageRefused(session=session, message_id=str(message.id), reason=refusal.reason)
+        )
+        return Receipt(
+            status=ReceiptStatus.REFUSED,
+            session=session,
+            id=message.id,
+            reason=refusal.reason,
+            retryable=refusal.retryable,
+        )
+
+    async def _is_known(self, message: Message) -> bool:
+        state, _ = await self._desk.store.replies_to(message.channel, message.id)
+        return state is not None
+
+    # ----- commit and act
+
+    async def _commit(
+        self, chosen: list[tuple[Session, Arrival]], cursor: Cursor | None
+    ) -> tuple[Admitted, ...]:
+        if not chosen and cursor is None:
+            return ()
+        try:
+            admitted = await self._desk.store.accept([arrival for _, arrival in chosen], cursor)
+        except BaseException:
+            # Not accepted: neither by a failure of the store, nor cancelled before it was asked.
+            for session, arrival in chosen:
+                self._take_back(session, arrival)
+            self._turns.dispatch()
+            raise
+        for (session, arrival), result in zip(chosen, admitted, strict=True):
+            self._act(session, arrival, result)
+        self._turns.dispatch()
+        return admitted
+
+    def _take_back(self, session: Session, arrival: Arrival) -> None:
+        session.accepting -= 1
+        if arrival.command is None:
+            self._desk.sessions.opened(session, -1)
+        if arrival.begin:
+            self._turns.opened()
+            self._desk.sessions.vacate(session)
+        else:
+            self._desk.sessions.line_up(session)
+
+    def _act(self, session: Session, arrival: Arrival, result: Admitted) -> None:
+        sessions = self._desk.sessions
+        session.id = result.session_id
+        session.accepting -= 1
+        duplicate = result.receipt.status is ReceiptStatus.DUPLICATE
+        if arrival.command is None and duplicate:
+            sessions.opened(session, -1)
+        self._note_changes(session, result)
+        if result.turn is not None:
+            self._turns.start(session, result.turn)
+        elif arrival.begin:
+            sessions.vacate(session)
+        else:
+            sessions.line_up(session)
+        if arrival.begin:
+            self._turns.opened()
+        self._say_accepted(arrival.message, duplicate)
+
+    def _note_changes(self, session: Session, result: Admitted) -> None:
+        """What the arrival changed beyond itself: a turn stopped, messages ended or reopened."""
+        desk = self._desk
+        desk.sessions.queue(session, result.queued)
+        desk.sessions.opened(session, result.reopened - len(result.resolved))
+        if result.stopped is not None:
+            replaced = not result.resolved
+            session.collect = session.collect or replaced
+            self.note_stopped(session.key, result.stopped, Why.REPLACED if replaced else Why.STOPPED)
+        desk.outbox.put(result.deliveries)
+        desk.waiters.ended(session.key.channel, result.resolved)
+
+    def note_stopped(self, key: SessionKey, turn: int, why: Why) -> None:
+        """A turn was ended STOPPED in the store: end its child too."""
+        child = self._turns.of_turn(turn)
+        self._turns.cancel(turn, why)
+        self._desk.events.emit(
+            TurnSettled(
+                session=key,
+                turn=turn,
+                attempt=child.turn.attempt if child else 0,
+                state=TurnState.STOPPED,
+                error=why.value,
+            )
+        )
+
+    def _say_accepted(self, message: Message, duplicate: bool) -> None:
+        if self._desk.events.heard:
+            self._desk.events.emit(
+                MessageAccepted(
+                    session=message.key,
+                    message_id=message.id,
+                    text=message.text,
+                    duplicate=duplicate,
+                )
+            )
+
+    async def stop_turn(self, key: SessionKey) -> bool:
+        """End the open turn of a session for good. False: it has none."""
+        turn, resolved = await self._desk.store.stop_by_key(key)
+        if turn is None:
+            return False
+        session = self._desk.sessions.get(key)
+        self._desk.sessions.opened(session, -len(resolved))
+        self.note_stopped(key, turn, Why.STOPPED)
+        self._desk.waiters.ended(key.channel, resolved)
+        return True
+
+
+async def allowed(authorize: Authorize, message: Message) -> bool:
+    """What the hook says; its failure means no."""
+    try:
+        return bool(await authorize(message))
+    except Exception:
+        return False
+
+
+@attrs.frozen
+class ChannelIntake:
+    """The inbox as one channel sees it: messages and cursor are this channel's."""
+
+    inbox: Inbox
+    desk: Desk
+    name: str
+
+    async def accept(self, *messages: Message, cursor: str | None = None) -> tuple[Receipt, ...]:
+        """See `Intake.accept`."""
+        for message in messages:
+            if message.channel != self.name:
+                raise ConfigError(
+                    f"channel {self.name!r} handed in a message of channel {message.channel!r}:"
+                    " set Message.channel to the channel's name"
+                )
+        covered = None if cursor is None else Cursor(channel=self.name, value=cursor)
+        return await self.inbox.accept(messages, covered)
+
+    async def cursor(self) -> str | None:
+        """See `Intake.cursor`."""
+        return await self.desk.store.cursor(self.name)
+
+    async def history(self, session: str, limit: int) -> tuple[HistoryItem, ...]:
+        """See `Intake.history`."""
+        return await self.desk.store.history(SessionKey(self.name, session), None, limit)
+
+    def refused_input(self, where: str, error: str) -> None:
+        """See `Intake.refused_input`."""
+        self.desk.events.emit(InputRefused(channel=self.name, where=where, error=error))
+
+
+def refused_error(receipt: Receipt) -> Refused:
+    """The error for a message that was refused."""
+    return Refused(f"message {receipt.id!r} was refused: {receipt.reason}")

@@ -1,0 +1,185 @@
+"""Channels as the gateway runs them: started, started again with backoff, connected or not.
+
+An exception in one channel is that channel's affair (it is served again); the others notice
+nothing. Nothing here knows what flows.
+"""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import trio
+from trio_util import AsyncBool
+
+from ._errors import ChannelEnded, ConfigError
+from ._events import ChannelConnected, ChannelFailed, ChannelFinished
+from ._messages import LOCAL, Intake, is_channel_name
+from ._policy import retry_delay, split_text
+from ._stream import EventStream
+from .channels import Channel
+
+STEADY: Final = 60.0
+"""Seconds of being connected after which earlier failures are forgotten."""
+
+
+class Link:
+    """One channel while the gateway runs. `connected` can be awaited."""
+
+    def __init__(self, channel: Channel, at_once: int) -> None:
+        self.channel = channel
+        self.name = channel.name
+        self.connected = AsyncBool(False)
+        self.input_ended = AsyncBool(False)
+        self.sending = trio.Semaphore(at_once)
+
+    async def wait_connected(self) -> None:
+        """Wait until the channel can send."""
+        await self.connected.wait_value(True)
+
+
+class Links:
+    """The channels of one gateway, by name."""
+
+    def __init__(
+        self,
+        channels: Sequence[Channel],
+        events: EventStream,
+        at_once: int,
+        *,
+        on_connect: Callable[[str], None],
+        on_end: Callable[[str], None],
+    ) -> None:
+        self._links: Mapping[str, Link] = _by_name(channels, at_once)
+        self._events = events
+        self._on_connect = on_connect
+        self._on_end = on_end
+
+    def get(self, name: str) -> Link | None:
+        """The channel of that name, if the gateway has it."""
+        return self._links.get(name)
+
+    def __getitem__(self, name: str) -> Link:
+        return self._links[name]
+
+    def has(self, name: str) -> bool:
+        """Whether this gateway serves the sessions of that channel."""
+        return name in self._links or name == LOCAL
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the channels are called."""
+        return tuple(self._links)
+
+    def connected(self, name: str) -> bool:
+        """Whether turns of this channel's sessions can begin. The host's own always can."""
+        link = self._links.get(name)
+        return name == LOCAL if link is None else bool(link.connected.value)
+
+    def is_local(self, name: str) -> bool:
+        """Whether replies need no wire: the host reads them from the store itself."""
+        return name == LOCAL and name not in self._links
+
+    def parts(self, name: str, text: str) -> tuple[str, ...]:
+        """The text, cut to what the channel takes in one piece."""
+        link = self._links.get(name)
+        if link is None:
+            return (text,)
+        return split_text(text, link.channel.text_limit, link.channel.text_length)
+
+    def show(self, name: str, session: str, text: str) -> None:
+        """Show a turn's progress, where the channel can; a fault of it is not the turn's."""
+        link = self._links.get(name)
+        if link is None or not link.connected.value:
+            return
+        try:
+            link.channel.progress(session, text)
+        except Exception as error:
+            self._events.emit(
+                ChannelFailed(
+                    channel=name, error=f"progress: {error!r}", retry_in=0.0, traceback=_trace(error)
+                )
+            )
+
+    async def wait_input_ended(self) -> None:
+        """Wait until no channel has more input; for ever, if there is no channel."""
+        if not self._links:
+            await trio.sleep_forever()
+        for link in self._links.values():
+            await link.input_ended.wait_value(True)
+
+    async def serve_all(self, intake: Callable[[str], Intake]) -> None:
+        """Serve every channel until cancelled."""
+        async with trio.open_nursery() as nursery:
+            for link in self._links.values():
+                nursery.start_soon(self._serve, link, intake(link.name))
+
+    async def _serve(self, link: Link, intake: Intake) -> None:
+        failures = 0
+        while True:
+            since = trio.current_time()
+            try:
+                await link.channel.serve(intake, task_status=_Started(link, self._connect))
+            except ChannelEnded:
+                self._on_end(link.name)
+                return
+            except Exception as error:
+                steady = bool(link.connected.value) and trio.current_time() - since > STEADY
+                failures = 1 if steady else failures + 1
+                await self._wait_after(link, error, failures)
+            else:
+                self._finished(link)
+                return
+
+    def _connect(self, link: Link) -> None:
+        link.connected.value = True
+        self._events.emit(ChannelConnected(channel=link.name))
+        self._on_connect(link.name)
+
+    def _finished(self, link: Link) -> None:
+        if not link.connected.value:
+            self._connect(link)  # it had all its input before it said that it was there
+        link.input_ended.value = True
+        self._events.emit(ChannelFinished(channel=link.name))
+
+    async def _wait_after(self, link: Link, error: Exception, failures: int) -> None:
+        link.connected.value = False
+        delay = retry_delay(failures, random.random(), cap=60.0)
+        self._events.emit(
+            ChannelFailed(
+                channel=link.name, error=repr(error), retry_in=delay, traceback=_trace(error)
+            )
+        )
+        await trio.sleep(delay)
+
+
+class _Started(trio.TaskStatus[None]):
+    """What `serve` calls when it is connected; twice does no harm."""
+
+    def __init__(self, link: Link, connect: Callable[[Link], None]) -> None:
+        self._link = link
+        self._connect = connect
+
+    def started(self, value: Any = None) -> None:
+        if not self._link.connected.value:
+            self._connect(self._link)
+
+
+def _by_name(channels: Sequence[Channel], at_once: int) -> dict[str, Link]:
+    links: dict[str, Link] = {}
+    for channel in channels:
+        if not is_channel_name(channel.name):
+            raise ConfigError(
+                f"{type(channel).__name__}.name is {channel.name!r}: use small letters, digits, _"
+                " and -"
+            )
+        if channel.name in links:
+            raise ConfigError(f"two channels are called {channel.name!r}: rename one")
+        links[channel.name] = Link(channel, at_once)
+    return links
+
+
+def _trace(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))

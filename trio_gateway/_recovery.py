@@ -1,0 +1,172 @@
+"""The one way up. A clean stop, `kill -9` and a power cut all meet this file.
+
+    read      what is open: one transaction, which also charges crashes to who was running
+    decide    a verdict for each interrupted turn (`_policy.judge`, pure)
+    commit    those that end: quarantined or expired, one transaction, their senders told
+    act       the others resume, by the ordinary path: in line for a slot like everybody
+
+Nobody else waits for any of this: a session without an interrupted turn is served at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+import attrs
+import trio
+
+from ._markers import TurnState
+from ._messages import Delivery, Message, SessionKey
+from ._policy import (
+    SORRY,
+    SORRY_EXPIRED,
+    SORRY_QUARANTINED,
+    Judgement,
+    ResumeRules,
+    Verdict,
+    judge,
+)
+from .store import BadRow, PendingTurn, Recovered, Settlement, Store
+
+Judged = tuple[PendingTurn, Judgement]
+
+_ENDS = {
+    Verdict.QUARANTINE: (TurnState.QUARANTINED, SORRY_QUARANTINED),
+    Verdict.EXPIRE: (TurnState.EXPIRED, SORRY_EXPIRED),
+}
+
+
+class House(Protocol):
+    """What recovery needs of the gateway around it."""
+
+    def knows_channel(self, channel: str) -> bool:
+        """Whether this gateway serves the sessions of that channel."""
+        ...
+
+    async def wait_connected(self, channel: str) -> None:
+        """Wait until the channel is connected."""
+        ...
+
+    def place(self, recovered: Recovered) -> None:
+        """Put what is open where the running gateway keeps it: sessions, line, outbox."""
+        ...
+
+    def end_of(
+        self, pending: PendingTurn, state: TurnState, why: str, apology: str
+    ) -> Settlement:
+        """How a turn ends that is not resumed."""
+        ...
+
+    async def end(self, ends: Sequence[tuple[PendingTurn, Settlement]]) -> None:
+        """Write those ends, tell who should know, and let their sessions go on."""
+        ...
+
+    async def resume(self, pending: PendingTurn) -> None:
+        """Put the turn in line; return when its next attempt has ended."""
+        ...
+
+    def send(self, deliveries: Sequence[Delivery]) -> None:
+        """Hand committed notices to the outbox."""
+        ...
+
+    def wants_notice(self, channel: str) -> bool:
+        """Whether people on that channel are told that their turn goes on."""
+        ...
+
+
+@attrs.frozen
+class Recovery:
+    """What a boot found and decided; `resume_all` carries it out."""
+
+    recovered: Recovered
+    resuming: tuple[Judged, ...]
+    ended: tuple[Judged, ...]
+
+    def count(self, verdict: Verdict) -> int:
+        """How many turns got that verdict."""
+        return sum(judgement.verdict is verdict for _, judgement in (*self.resuming, *self.ended))
+
+
+async def recover(store: Store, house: House, rules: ResumeRules) -> Recovery:
+    """Read what is open, judge it, and end what does not resume."""
+    recovered = await store.recover()
+    house.place(recovered)
+    judged = [
+        (pending, judge(pending.marker, pending.interrupted_for, rules))
+        for pending in recovered.turns
+        if house.knows_channel(pending.session.channel)
+    ]
+    ended = tuple((p, j) for p, j in judged if j.verdict in _ENDS)
+    await house.end([(p, house.end_of(p, *_end(j))) for p, j in ended])
+    resuming = tuple((p, j) for p, j in judged if j.verdict not in _ENDS)
+    return Recovery(recovered, resuming, ended)
+
+
+def _end(judgement: Judgement) -> tuple[TurnState, str, str]:
+    state, apology = _ENDS[judgement.verdict]
+    return state, judgement.why, apology
+
+
+async def resume_all(
+    recovery: Recovery,
+    store: Store,
+    house: House,
+    rules: ResumeRules,
+    authorize: Callable[[Message], Awaitable[bool]] | None,
+    resumed_notice: str,
+) -> None:
+    """Resume what is to be resumed; return when all of it has ended. Cancelled by a stop: what was
+    not resumed by then keeps its marker."""
+    await _tell(recovery, store, house, resumed_notice)
+    at_once = trio.CapacityLimiter(rules.concurrency)
+    # Suspects run one at a time, so that the next crash convicts the right one.
+    alone = trio.CapacityLimiter(1)
+    async with trio.open_nursery() as nursery:
+        for pending, judgement in recovery.resuming:
+            suspect = judgement.verdict is Verdict.RESUME_ALONE
+            limiter = alone if suspect else at_once
+            nursery.start_soon(_resume_one, pending, limiter, store, house, authorize)
+
+
+async def _tell(recovery: Recovery, store: Store, house: House, text: str) -> None:
+    """One notice per session at the most: a session has one open turn."""
+    who: list[tuple[SessionKey, int]] = [
+        (pending.session, pending.session_id)
+        for pending, _ in recovery.resuming
+        if house.wants_notice(pending.session.channel)
+    ]
+    if who:
+        house.send(await store.notify(who, "resumed", text))
+
+
+async def _resume_one(
+    pending: PendingTurn,
+    limiter: trio.CapacityLimiter,
+    store: Store,
+    house: House,
+    authorize: Callable[[Message], Awaitable[bool]] | None,
+) -> None:
+    await house.wait_connected(pending.session.channel)
+    async with limiter:
+        refusal = None if authorize is None else await _still_allowed(pending, store, authorize)
+        if refusal is None:
+            await house.resume(pending)
+        else:
+            await house.end([(pending, house.end_of(pending, *refusal))])
+
+
+async def _still_allowed(
+    pending: PendingTurn, store: Store, authorize: Callable[[Message], Awaitable[bool]]
+) -> tuple[TurnState, str, str] | None:
+    """Ask again: None, or how the turn ends. Put aside, not thrown away: a hook can be wrong, and
+    whoever looks into the quarantine can retry it."""
+    try:
+        for message in await store.messages_of(pending):
+            if not await authorize(message):
+                return TurnState.QUARANTINED, "its sender is not allowed any more", SORRY_QUARANTINED
+    except BadRow as bad:
+        return TurnState.FAILED, str(bad), SORRY
+    except Exception as error:
+        return TurnState.QUARANTINED, f"authorisation failed: {error!r}", SORRY_QUARANTINED
+    return None

@@ -1,0 +1,218 @@
+"""Who has mail and no open turn, and whose place in line comes next. Bookkeeping, no I/O.
+
+A session is in memory only while it has something open; an idle one costs nothing. The store has
+the truth; this is what the running process knows of it without asking.
+
+    line      those who wait for a slot, first come first served, whatever their session
+    parked    those whose channel is not connected; they join the line when it is
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import attrs
+import trio
+
+from ._messages import SessionKey
+from ._policy import may_begin
+from .store import Begin, PendingTurn
+
+
+@attrs.define(eq=False)
+class Session:
+    """What is open in one session.
+
+    `open` counts messages that have not reached an end, those on their way into the store
+    included; `queued` those in the store that no turn has taken. `busy`: a turn is open, or
+    about to be. `accepting` counts commits on their way. `collect`: the next turn takes all.
+    """
+
+    key: SessionKey
+    id: int | None = None
+    open: int = 0
+    queued: int = 0
+    accepting: int = 0
+    busy: bool = False
+    in_line: bool = False
+    collect: bool = False
+    deliveries: int = 0
+    mail: trio.Event | None = None
+
+
+@attrs.frozen(eq=False)
+class Claim:
+    """A place in line: the next turn of a session, or (`pending`) one of its turns that resumes."""
+
+    session: Session
+    pending: PendingTurn | None = None
+
+
+class Sessions:
+    """All sessions with something open, the line, and the slots."""
+
+    def __init__(self, slots: int, connected: Callable[[str], bool], *, collect: bool) -> None:
+        self._sessions: dict[SessionKey, Session] = {}
+        self._line: deque[Claim] = deque()
+        self._parked: dict[str, deque[Claim]] = {}
+        self._connected = connected
+        self._collect = collect
+        self.slots_free = slots
+        self.open_messages = 0
+        """Messages that have not reached an end, in the sessions of this gateway's channels."""
+        self.elsewhere = 0
+        """The same, in sessions of channels that this gateway does not have."""
+        self.door_open = True
+        """The door to turns: shut by a stop, never opened again."""
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
+    def get(self, key: SessionKey) -> Session:
+        """The session, made if nothing was open in it. Give it back with `let_go`."""
+        session = self._sessions.get(key)
+        if session is None:
+            session = self._sessions[key] = Session(key)
+        return session
+
+    def find(self, key: SessionKey) -> Session | None:
+        """The session, if something is open in it."""
+        return self._sessions.get(key)
+
+    def let_go(self, session: Session) -> None:
+        """Forget the session if nothing is open in it any more."""
+        if not (session.open or session.busy or session.accepting or session.deliveries):
+            self._sessions.pop(session.key, None)
+
+    # ----- counting
+
+    def opened(self, session: Session, count: int) -> None:
+        """`count` messages more (or less) are open."""
+        session.open += count
+        self.open_messages += count
+
+    def queue(self, session: Session, count: int) -> None:
+        """`count` messages more (or less) wait in the store; who waits for mail is woken."""
+        session.queued += count
+        if session.mail is not None and session.queued > 0:
+            session.mail.set()
+
+    async def wait_mail(self, session: Session) -> None:
+        """Wait until a message waits in the session, or the door is shut."""
+        if session.queued > 0 or not self.door_open:
+            await trio.lowlevel.checkpoint()
+            return
+        session.mail = trio.Event()
+        try:
+            await session.mail.wait()
+        finally:
+            session.mail = None
+
+    def shut_door(self) -> None:
+        """No turn begins any more. Does not wait, cannot fail."""
+        self.door_open = False
+        for session in self._sessions.values():
+            if session.mail is not None:
+                session.mail.set()
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no message is open anywhere."""
+        return self.open_messages == 0
+
+    # ----- beginning
+
+    def may_begin_at_once(self, session: Session) -> bool:
+        """Whether a message for this session can begin its turn in the transaction that accepts it:
+        nobody is before it, neither in its session nor in line."""
+        return (
+            not (session.queued or session.accepting or session.in_line or self._line)
+        ) and may_begin(
+            door_open=self.door_open,
+            connected=self._connected(session.key.channel),
+            session_busy=session.busy,
+            slots_free=self.slots_free,
+        )
+
+    def occupy(self, session: Session) -> None:
+        """Take a slot for a turn of this session."""
+        session.busy = True
+        self.slots_free -= 1
+
+    def vacate(self, session: Session) -> None:
+        """Give the slot back, and line the session up again if it has mail."""
+        session.busy = False
+        self.slots_free += 1
+        self.line_up(session)
+
+    def line_up(self, session: Session) -> None:
+        """Put the session at the end of the line, if it has mail and no open turn."""
+        if session.queued > 0 and not session.busy and not session.in_line:
+            session.in_line = True
+            self._enqueue(Claim(session))
+        else:
+            self.let_go(session)
+
+    def line_up_resume(self, session: Session, pending: PendingTurn) -> None:
+        """Put a turn that resumes at the end of the line; its session is busy since boot."""
+        self._enqueue(Claim(session, pending))
+
+    def _enqueue(self, claim: Claim) -> None:
+        channel = claim.session.key.channel
+        if self._connected(channel):
+            self._line.append(claim)
+        else:
+            self._parked.setdefault(channel, deque()).append(claim)
+
+    def connect(self, channel: str) -> None:
+        """The channel is connected: who waited for it joins the line."""
+        self._line.extend(self._parked.pop(channel, ()))
+
+    def next_claim(self) -> Claim | None:
+        """Take the first in line and a slot for it; None if there is nobody, or no slot."""
+        if not self.door_open or self.slots_free <= 0:
+            return None
+        claim = self._first(lambda _: True)
+        if claim is not None:
+            self.occupy(claim.session)
+        return claim
+
+    def next_begin_after(self, session: Session) -> Session | None:
+        """Whose turn begins in the transaction that settles one of `session`: the first in line,
+        or `session` itself if it alone has mail. It takes over the slot.
+
+        None also when a resumed turn is first: it needs a transaction of its own.
+        """
+        if not self.door_open:
+            return None
+        if self._line:
+            claim = self._first(lambda claim: claim.pending is None)
+            if claim is None:
+                return None
+            claim.session.busy = True
+            return claim.session
+        return session if session.queued and self._connected(session.key.channel) else None
+
+    def _first(self, wanted: Callable[[Claim], bool]) -> Claim | None:
+        """Take the first in line whose channel is connected, if it is `wanted`."""
+        while self._line:
+            claim = self._line[0]
+            if not self._connected(claim.session.key.channel):
+                self._line.popleft()
+                self._enqueue(claim)
+            elif not wanted(claim):
+                return None
+            else:
+                claim.session.in_line = False
+                return self._line.popleft()
+        return None
+
+    def begin_request(self, session: Session) -> Begin:
+        """What to ask the store for: one message, or all that wait."""
+        collect = self._collect or session.collect
+        session.collect = False
+        return Begin(session.key, session.id or 0, collect)

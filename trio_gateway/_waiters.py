@@ -1,0 +1,53 @@
+"""Who waits for a message to reach its end, and who waits for everything to be quiet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import trio
+
+
+class Waiters:
+    """Wakes whoever asked for a message's answer, or for the gateway to have nothing to do."""
+
+    def __init__(self) -> None:
+        self._events: dict[tuple[str, str], trio.Event] = {}
+        self._idle: trio.Event | None = None
+        self.abandoned = False
+
+    def event(self, channel: str, message_id: str) -> trio.Event:
+        """An event that is set when the message reaches an end in this process."""
+        return self._events.setdefault((channel, message_id), trio.Event())
+
+    def forget(self, channel: str, message_id: str) -> None:
+        """Nobody waits for this message any more."""
+        self._events.pop((channel, message_id), None)
+
+    def ended(self, channel: str, message_ids: Iterable[str]) -> None:
+        """Messages have reached an end."""
+        if not self._events:
+            return
+        for message_id in message_ids:
+            event = self._events.pop((channel, message_id), None)
+            if event is not None:
+                event.set()
+
+    def abandon(self) -> None:
+        """The gateway has stopped: nobody's wait will end any other way."""
+        self.abandoned = True
+        for event in self._events.values():
+            event.set()
+        self._events.clear()
+        self.idle()
+
+    def idle(self) -> None:
+        """There is nothing to do."""
+        if self._idle is not None:
+            self._idle.set()
+            self._idle = None
+
+    async def wait_idle(self) -> None:
+        """Wait until somebody calls `idle`."""
+        if self._idle is None:
+            self._idle = trio.Event()
+        await self._idle.wait()
