@@ -465,7 +465,7 @@ class Gateway:
             "ask for a restart", lambda: self._store.ask_restart(child.turn.id)
         )
         with trio.move_on_after(self.plan.grace):
-            await child.over.wait()
+            await child.wait_over()
         self.request_stop(ResumeReason.RESTART, by=f"turn {child.turn.id}")
 
     def _intake_of(self, channel: str) -> ChannelIntake:

@@ -14,7 +14,7 @@ from ._errors import ConfigError, Refused
 from ._events import InputRefused, MessageAccepted, MessageRefused, TurnSettled
 from ._markers import TurnState
 from ._messages import Cursor, HistoryItem, Message, Receipt, ReceiptStatus, SessionKey
-from ._policy import Busy, Command, Limits, Refusal, admit, command_in
+from ._policy import Busy, Command, Limits, Refusal, command_in, malformed, no_room
 from ._sessions import Session
 from ._turns import Desk, Turns, Why
 from .store import Admitted, Arrival
@@ -67,7 +67,7 @@ class Inbox:
     async def _look_at(self, message: Message) -> Refusal | None:
         if not self.open:
             return Refusal("the gateway is closing; send it again", retryable=True)
-        refusal = admit(message, self._limits, open_in_session=0, open_in_all=0)
+        refusal = malformed(message, self._limits)
         if refusal is not None or self._authorize is None:
             return refusal
         return None if await allowed(self._authorize, message) else Refusal("not allowed")
@@ -79,11 +79,10 @@ class Inbox:
         session = sessions.find(message.key)
         if session is not None and session.busy and self._desk.busy is Busy.REJECT:
             return Refusal("busy with the message before; try again when it is answered", True)
-        return admit(
-            message,
+        return no_room(
             self._limits,
-            open_in_session=0 if session is None else session.open,
-            open_in_all=sessions.open_messages + sessions.elsewhere,
+            0 if session is None else session.open,
+            sessions.open_messages + sessions.elsewhere,
         )
 
     def _command(self, message: Message) -> Command | None:

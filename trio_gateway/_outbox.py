@@ -38,11 +38,6 @@ NOTICE_TIMEOUT: Final = 2.0
 LONGEST_WAIT: Final = 86_400.0
 """Seconds that a delivery found at boot waits at the most: the wall clock may have jumped."""
 
-RECORD_TIMEOUT: Final = 5.0
-"""Seconds that the record of an arrival may take after a cancellation: it is shielded, with this
-bound, because not recording it would send the text again."""
-
-
 @attrs.define(eq=False)
 class _Lane:
     session: SessionKey
@@ -161,9 +156,9 @@ class Outbox:
             return await self._failed(link, delivery, repr(error))
         if not sent:
             return await self._failed(link, delivery, "the channel took too long")
-        with trio.move_on_after(RECORD_TIMEOUT, shield=True):
-            await self._record(self._store.delivered, delivery.id, delivery.tries + 1)
-        self._events.emit(Delivered(delivery=delivery))
+        await self._record(self._store.delivered, delivery.id, delivery.tries + 1)
+        if self._events.heard:
+            self._events.emit(Delivered(delivery=delivery))
         return None
 
     async def _send(self, link: Link, delivery: Delivery) -> bool:

@@ -85,7 +85,7 @@ def admit(
     message: Message, limits: Limits, *, open_in_session: int, open_in_all: int
 ) -> Refusal | None:
     """Whether the inbox takes `message`: None, or the refusal."""
-    return malformed(message, limits) or _no_room(limits, open_in_session, open_in_all)
+    return malformed(message, limits) or no_room(limits, open_in_session, open_in_all)
 
 
 def malformed(message: Message, limits: Limits) -> Refusal | None:
@@ -124,7 +124,8 @@ def _bad_text(text: object, limit: int) -> Refusal | None:
     return None
 
 
-def _no_room(limits: Limits, open_in_session: int, open_in_all: int) -> Refusal | None:
+def no_room(limits: Limits, open_in_session: int, open_in_all: int) -> Refusal | None:
+    """Whether the inbox is too full for one more message of a session."""
     if open_in_session >= limits.open_per_session:
         return Refusal(
             f"this session already has {open_in_session} messages waiting; try again later",

@@ -95,7 +95,7 @@ class Running:
     scope: trio.CancelScope
     handle: Turn
     since: float
-    over: trio.Event = attrs.field(factory=trio.Event)
+    over: trio.Event | None = None
     why: Why | None = None
     end: Settlement | None = None
     settled: bool = False
@@ -105,6 +105,12 @@ class Running:
         """Cancel the child; the first reason counts."""
         self.why = self.why or why
         self.scope.cancel(reason=self.why.value)
+
+    async def wait_over(self) -> None:
+        """Wait until the child has ended, its commit included."""
+        if self.over is None:
+            self.over = trio.Event()
+        await self.over.wait()
 
 
 @attrs.frozen(kw_only=True)
@@ -487,8 +493,13 @@ class Turns:
 
     def _remove(self, child: Running) -> None:
         self._open.pop(child.turn.id, None)
-        child.over.set()
-        self._over(child.turn.id)
+        # Cut the circle between the two, so that memory is free at once and not when the collector
+        # comes round: at thousands of turns a second it is what limits them.
+        child.handle._child = None
+        if child.over is not None:
+            child.over.set()
+        if self._resuming:
+            self._over(child.turn.id)
 
     def _release(self, session: Session) -> None:
         self._desk.sessions.vacate(session)
@@ -515,6 +526,8 @@ class Turns:
     # ----- telling
 
     def _say_begun(self, turn: OpenTurn) -> None:
+        if not self._desk.events.heard:
+            return
         ids = tuple(message.id for message in turn.messages)
         who: dict[str, Any] = {"session": turn.session, "turn": turn.id, "attempt": turn.attempt}
         if turn.resumed is None:
@@ -830,11 +843,6 @@ class Turn:
             self._desk.links.show(self._turn.session.channel, self._turn.session.name, "")
 
 
-REMEMBER_TIMEOUT: Final = 5.0
-"""Seconds for which a cancellation waits for a finished step to be remembered: shielded, because
-not remembering it would do it again, and bounded, because the disk may hang."""
-
-
 class _Memory:
     """Keeps the steps of one attempt in the store."""
 
@@ -853,9 +861,7 @@ class _Memory:
         """Keep a step's result: also when the turn was cancelled while the step ended."""
         turn = self._turn
         args = (turn.id, turn.attempt, name, effect, result, began_at)
-        kept: bool | None = None
-        with trio.move_on_after(REMEMBER_TIMEOUT, shield=True):
-            kept = await self._once(args)
+        kept = await self._once(args)
         if kept is None:
             kept = await self._write(self._desk.store.remember, *args)
         if not kept:
@@ -870,7 +876,7 @@ class _Memory:
         except StoreClosed as error:
             raise GatewayStopping("the gateway has stopped") from error
         except StoreError:
-            return None  # tried again without the shield
+            return None  # tried again, as long as the turn is not cancelled
 
     def now(self) -> int:
         """Microseconds since 1970."""

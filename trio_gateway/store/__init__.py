@@ -6,7 +6,9 @@ Whoever writes a second store keeps these rules; `testing.check_store` holds it 
    knows of. A commit whose outcome is unknown is asked again: every verb may be run twice.
 2. Changes take effect in the order in which the verbs were called.
 3. A caller that waits for a change cannot be cancelled out of knowing its outcome (but for
-   `mark_resume_pending` and `clear_resume_pending`, whose deadline is the stop's).
+   `mark_resume_pending` and `clear_resume_pending`, whose deadline is the stop's). `settle`,
+   `remember` and `delivered` tell what has happened already: they are written also for a caller
+   that is cancelled when it calls.
 4. Every change of a marker is a compare-and-set on (state, attempt, epoch). No verb assumes that
    this process is the only one: what a second gateway changed is seen and respected.
 5. No verb costs more as stored sessions grow; boot costs what is open.

@@ -68,6 +68,8 @@ class SqliteStore:
         self._reads_inline = isinstance(writer, InlineWriter)
         self._closed = False
         self._run = writer.run
+        # For what has happened outside already: a cancelled caller is no reason not to write it.
+        self._run_always = writer.run_always
 
     @property
     def store_id(self) -> str:
@@ -126,7 +128,7 @@ class SqliteStore:
         return await self._run(self._ledger.resume, pending)
 
     async def settle(self, end: Settlement) -> Settled:
-        return await self._run(self._ledger.settle, end)
+        return await self._run_always(self._ledger.settle, end)
 
     async def end_pending(self, ends: Sequence[Settlement]) -> tuple[Settled, ...]:
         return await self._run(self._ledger.end_pending, ends)
@@ -156,7 +158,7 @@ class SqliteStore:
     async def remember(
         self, turn: int, attempt: int, name: str, effect: str, result: str, began_at: int
     ) -> bool:
-        return await self._run(
+        return await self._run_always(
             self._ledger.remember, turn, attempt, name, effect, result, began_at
         )
 
@@ -179,7 +181,7 @@ class SqliteStore:
         await self._run(self._ledger.sending, delivery)
 
     async def delivered(self, delivery: int, tries: int) -> None:
-        await self._run(self._ledger.delivered, delivery, tries)
+        await self._run_always(self._ledger.delivered, delivery, tries)
 
     async def delayed(
         self, delivery: int, tries: int, not_before: int, error: str, repeat: bool

@@ -50,10 +50,13 @@ Tap = Callable[[str], None]
 class Operation(Generic[T]):
     """One write on its way: a callable, who waits for it, and in the end its outcome."""
 
-    __slots__ = ("call", "done", "outcome", "task")
+    __slots__ = ("args", "call", "done", "outcome", "task")
 
-    def __init__(self, call: Callable[[], T], task: trio.lowlevel.Task | None) -> None:
+    def __init__(
+        self, call: Callable[..., T], args: tuple[Any, ...], task: trio.lowlevel.Task | None
+    ) -> None:
         self.call = call
+        self.args = args
         self.task = task
         self.outcome: outcome.Outcome[T] | None = None
         self.done: threading.Event | None = None
@@ -67,6 +70,11 @@ class Writer(Protocol):
 
         Cancelled only before it is handed in. Raises `StoreError`.
         """
+        ...
+
+    async def run_always(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
+        """Like `run`, but also for a caller that is cancelled already: for what has happened and
+        must be known."""
         ...
 
     async def run_abandonable(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -114,7 +122,7 @@ class _Transactions:
     def _commit_together(self, batch: list[Operation[Any]]) -> None:
         self._db.execute("BEGIN IMMEDIATE")
         for operation in batch:
-            operation.outcome = outcome.Value(operation.call())
+            operation.outcome = outcome.Value(operation.call(*operation.args))
         self._tap("before")
         self._db.execute("COMMIT")
         self._tap("after")
@@ -157,6 +165,9 @@ class ThreadWriter:
 
     async def run(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         await trio.lowlevel.checkpoint_if_cancelled()
+        return await self.run_always(call, *args)
+
+    async def run_always(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         self._hand_in(call, args)
         result: T = await trio.lowlevel.wait_task_rescheduled(_cannot_abort)
         return result
@@ -175,14 +186,14 @@ class ThreadWriter:
     def _hand_in(self, call: Callable[..., T], args: tuple[Any, ...]) -> Operation[T]:
         if self._closed:
             raise StoreClosed("the store is closed")
-        operation = Operation(lambda: call(*args), trio.lowlevel.current_task())
+        operation = Operation(call, args, trio.lowlevel.current_task())
         self._queue.put(operation)
         return operation
 
     def run_from_thread(self, call: Callable[[*Ts], T], *args: *Ts, timeout: float) -> T | None:
         if self._closed:
             return None
-        operation = Operation(lambda: call(*args), None)
+        operation = Operation(call, args, None)
         operation.done = threading.Event()
         self._queue.put(operation)
         if operation.done.wait(timeout) and operation.outcome is not None:
@@ -240,6 +251,9 @@ class InlineWriter:
 
     async def run(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         await trio.lowlevel.checkpoint_if_cancelled()
+        return await self.run_always(call, *args)
+
+    async def run_always(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         result = self.run_sync(call, *args)
         await trio.lowlevel.cancel_shielded_checkpoint()
         return result
@@ -251,7 +265,7 @@ class InlineWriter:
         """Run `call(*args)` in a transaction, now."""
         if self._closed:
             raise StoreClosed("the store is closed")
-        operation = Operation(lambda: call(*args), None)
+        operation = Operation(call, args, None)
         self._transactions.commit([operation])
         if operation.outcome is None:
             raise StoreError("the write had no outcome")
