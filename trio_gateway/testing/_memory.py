@@ -64,16 +64,12 @@ class MemoryChannel(Channel):
         """Wait until the channel is connected and can hand in messages."""
         await self._ready.wait_value(True)
 
-    async def receive(
-        self, session: str, id: str, text: str, sender: str | None = None  # noqa: A002
-    ) -> Receipt:
+    async def receive(self, session: str, id: str, text: str, sender: str | None = None) -> Receipt:
         """Have somebody send a message; return the inbox's receipt."""
         (receipt,) = await self.receive_all(self.message(session, id, text, sender))
         return receipt
 
-    def message(
-        self, session: str, id: str, text: str, sender: str | None = None  # noqa: A002
-    ) -> Message:
+    def message(self, session: str, id: str, text: str, sender: str | None = None) -> Message:
         """A message of this channel."""
         return Message(session=session, id=id, text=text, sender=sender, channel=self.name)
 
