@@ -1,0 +1,241 @@
+"""Every example is run as a reader would run it, as a process, and does what its docstring says."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PATIENCE = 40.0
+"""Seconds that anything may take on a busy machine before a test fails."""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a user who has configured nothing."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TRIO_GATEWAY_")}
+    return inherited | more
+
+
+def hosting(example: str, *options: str) -> list[str]:
+    """The command that hosts the agent of an example."""
+    agent = f"{EXAMPLES / example}.py:agent"
+    return [sys.executable, "-m", "trio_gateway", "run", agent, *options]
+
+
+def output_of(command: list[str], where: Path, given: str = "") -> list[str]:
+    """What a command writes on standard output, by line; it must end well."""
+    done = subprocess.run(
+        command,
+        cwd=where,
+        env=environment(),
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+# ----- echo
+
+
+def test_echo_answers_what_is_piped_into_it(tmp_path: Path) -> None:
+    assert output_of(hosting("echo"), tmp_path, "hello\n") == ["hello"]
+
+
+def test_echo_answers_every_line_in_order(tmp_path: Path) -> None:
+    assert output_of(hosting("echo"), tmp_path, "one\ntwo\nthree\n") == ["one", "two", "three"]
+
+
+def test_the_store_remembers_what_echo_has_answered(tmp_path: Path) -> None:
+    output_of(hosting("echo"), tmp_path, "hello\n")
+
+    listed = output_of([sys.executable, "-m", "trio_gateway", "sessions", "list"], tmp_path)
+
+    assert any("console" in line for line in listed)
+
+
+# ----- assistant
+
+
+class Assistant:
+    """The assistant as a process, over `jsonl`. All waiting is bounded."""
+
+    def __init__(self, where: Path, pace: float) -> None:
+        self._shop = where / "shop.log"
+        self._errors = (where / "stderr.txt").open("ab")
+        self._process = subprocess.Popen(
+            hosting("assistant", "--jsonl"),
+            cwd=where,
+            env=environment(ASSISTANT_PACE=str(pace)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+        self._timer = threading.Timer(PATIENCE, self._process.kill)
+        self._timer.start()
+
+    def ask(self, text: str) -> None:
+        """Send it a message."""
+        assert self._process.stdin is not None
+        line = json.dumps({"session": "ada", "id": "m1", "text": text})
+        self._process.stdin.write(line.encode() + b"\n")
+        self._process.stdin.flush()
+
+    def expect(self, **fields: Any) -> dict[str, Any]:
+        """The next event with those fields."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            event: dict[str, Any] = json.loads(line)
+            if fields.items() <= event.items():
+                return event
+        raise AssertionError(f"the output ended without {fields}")
+
+    def wait_ordered(self, count: int) -> None:
+        """Wait until the shop has so many orders."""
+        deadline = time.monotonic() + PATIENCE
+        while len(self.orders()) < count:
+            assert time.monotonic() < deadline, "the shop waits for an order"
+            time.sleep(0.01)
+
+    def orders(self) -> list[str]:
+        """What was ordered, as the shop has it."""
+        lines = self._shop.read_text().splitlines() if self._shop.exists() else []
+        return [line.partition(" ")[2] for line in lines]
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self._process.send_signal(number)
+
+    def end_input(self) -> int:
+        """There is nothing more to ask; wait for the end."""
+        _, _ = self._process.communicate(timeout=PATIENCE)
+        return self._process.returncode
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self._process.kill()
+        self._process.communicate(timeout=PATIENCE)
+        self._timer.cancel()
+        self._errors.close()
+
+
+@contextmanager
+def assistant(where: Path, pace: float = 0.05) -> Iterator[Assistant]:
+    """An assistant for the length of the block."""
+    started = Assistant(where, pace)
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+def test_the_assistant_orders_and_tells(tmp_path: Path) -> None:
+    with assistant(tmp_path) as first:
+        first.ask("tea, bread")
+
+        said = first.expect(event="reply")
+        letter = first.expect(event="reply")
+
+        assert said["text"] == "I will order 2 things: tea, bread."
+        assert not said["final"]
+        assert letter["final"]
+        assert "order of tea" in letter["text"]
+        assert letter["text"].endswith("Yours, the assistant")
+        assert first.orders() == ["tea", "bread"]
+        assert first.end_input() == 0
+
+
+def test_the_assistant_killed_while_it_orders_orders_nothing_twice(tmp_path: Path) -> None:
+    with assistant(tmp_path, pace=1.0) as first:
+        first.ask("tea, bread")
+        first.expect(event="reply", final=False)
+        first.wait_ordered(1)
+        first.send_signal(signal.SIGKILL)
+
+    with assistant(tmp_path) as second:
+        letter = second.expect(event="reply")  # the first thing that it says: "I will" was said
+
+        assert letter["final"]
+        assert letter["attempt"] == 2
+        assert "tea: ordered just before I was interrupted" in letter["text"]
+        assert second.orders() == ["tea", "bread"]
+
+
+def test_the_assistant_goes_on_with_its_letter_after_a_kill(tmp_path: Path) -> None:
+    with assistant(tmp_path, pace=0.3) as first:
+        first.ask("tea, bread, honey")
+        first.expect(event="progress", text="writing about bread: ordered")
+        first.send_signal(signal.SIGKILL)
+
+    with assistant(tmp_path) as second:
+        # What was on disk at the kill is the line about tea; a letter goes on where it was.
+        second.expect(event="progress", text="writing about bread: ordered")
+        letter = second.expect(event="reply")
+
+        assert letter["text"].count("order of tea") == 1
+        assert second.orders() == ["tea", "bread", "honey"]
+
+
+def test_the_assistant_keeps_it_short_when_the_gateway_drains(tmp_path: Path) -> None:
+    with assistant(tmp_path, pace=0.3) as first:
+        first.ask("tea, bread, honey")
+        first.expect(event="progress", text="writing about tea: ordered")
+        first.send_signal(signal.SIGTERM)
+
+        letter = first.expect(event="reply", final=True)
+
+        assert letter["text"].endswith("In haste, your assistant")
+        assert first.end_input() == 0
+
+
+# ----- the programs
+
+
+def test_embedded_drains_when_its_block_is_left(tmp_path: Path) -> None:
+    lines = output_of([sys.executable, str(EXAMPLES / "embedded.py")], tmp_path)
+
+    assert "tick" in lines
+    assert [line for line in lines if line != "tick"] == [
+        "m1 is accepted",
+        "m1 is duplicate",
+        "m2: 4 words, the longest is 'something'",
+        "leaving with 1 turn open",
+        "drained: 1 settled, 0 interrupted, timed out: False",
+        "m3: 5 words, the longest is 'three'",
+    ]
+
+
+def test_custom_channel_loses_nothing_and_shows_nothing_twice(tmp_path: Path) -> None:
+    lines = output_of([sys.executable, str(EXAMPLES / "custom_channel.py")], tmp_path)
+
+    for line in (
+        "ada reads 'HELLO'",
+        "the line breaks before the answer",
+        "a post comes again under its old key: shown already",
+        "somebody watches from message 3 on",
+        "ada reads 'STILL THERE?'",
+    ):
+        assert line in lines
+    assert lines[-1] == "4 posts arrived, 3 were shown"
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_opens_by_telling_what_to_try(example: Path) -> None:
+    opening = example.read_text().split('"""')[1]
+
+    assert "Try:\n" in opening
+    assert f"examples/{example.name}" in opening
