@@ -235,7 +235,10 @@ async def open_store(
     where = Path(path).absolute()
     clock = clock or SystemClock()
     with lock_store(where):
-        db = await trio.to_thread.run_sync(connect, where, clock)
+        if inline:
+            db = connect(where, clock)
+        else:
+            db = await trio.to_thread.run_sync(connect, where, clock)
         reader = StoreReader(open_read_only(where))
         ledger = Ledger(db, clock)
         writer = InlineWriter(db, tap) if inline else ThreadWriter(db, tap)
