@@ -52,6 +52,8 @@ def _look(db: apsw.Connection, rules: tuple[tuple[str, str], ...]) -> Iterator[s
     for (found,) in list(db.execute("PRAGMA integrity_check")):
         if found != "ok":
             yield f"the database is intact: {found}"
+    if not list(db.execute("SELECT 1 FROM sqlite_schema")):
+        return  # its maker died before it was one
     for sentence, query in rules:
         for row in list(db.execute(query)):
             yield f"{sentence}: {_shown(row)}"
