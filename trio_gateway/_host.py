@@ -11,9 +11,8 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import trio
 
@@ -95,7 +94,7 @@ class _House:
         signals: SignalDesk,
     ) -> None:
         self._open: Callable[[], Any] = lambda: open_gateway(
-            agent, store=store, channels=channels, settings=settings
+            agent, store=store, channels=channels, settings=settings, listen=self._hear
         )
         self._log = log
         self._signals = signals
@@ -104,15 +103,12 @@ class _House:
 
     async def live(self) -> None:
         """The whole life."""
-        with ExitStack() as until_stopped:
-            async with self._open() as gateway:
-                # Heard until after the drain, and so beyond this block.
-                until_stopped.enter_context(gateway.listen(self._hear))
-                gateway.on_unresponsive = self._leave
-                self._gateway = gateway
-                self._supervisor.ready()
-                self._signals.obey()
-                await self._until_stop(gateway)
+        async with self._open() as gateway:
+            gateway.on_unresponsive = self._leave
+            self._gateway = gateway
+            self._supervisor.ready()
+            self._signals.obey()
+            await self._until_stop(gateway)
 
     async def _until_stop(self, gateway: Gateway) -> None:
         async with trio.open_nursery() as nursery:
@@ -188,14 +184,14 @@ class _House:
         return EXIT_FAILURE if usable else EXIT_CONFIG
 
     def _leave(self, report: DrainReport) -> None:
-        """Turns that swallow their cancellation are left behind: the stop was served, they resume."""
+        """Leave turns behind that swallow their cancellation: the stop was served, they resume."""
         self._log.flush(min(FLUSH, self._signals.time_left / 2))
         os._exit(self.code())
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:
     if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:  # pyright: ignore[reportUnknownVariableType]
+        for inner in cast("BaseExceptionGroup[BaseException]", error).exceptions:
             yield from _leaves(inner)
     else:
         yield error

@@ -18,7 +18,7 @@ import socket
 import stat
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, cast
 
 import attrs
 import trio
@@ -162,14 +162,25 @@ class FdWriter:
         finishes it first, so that lines stay whole. Raises `ChannelEnded` when nobody can read it
         any more, and `OSError` for anything else (a full disk behind a redirection).
         """
-        async with self._lock:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            await self._lock.acquire()
+        try:
             await self._drain()
-            self._rest = memoryview(data)
-            try:
-                await self._drain()
-            finally:
-                if len(self._rest) == len(data):
-                    self._rest = memoryview(b"")
+            await self._write(data)
+        finally:
+            self._lock.release()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def _write(self, data: bytes) -> None:
+        self._rest = memoryview(data)
+        try:
+            await self._drain()
+        finally:
+            if len(self._rest) == len(data):
+                self._rest = memoryview(b"")
 
     def write_nowait(self, data: bytes) -> bool:
         """Write `data` if there is room just now; say whether it is on its way."""
@@ -293,5 +304,5 @@ def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+        error = cast("BaseExceptionGroup[BaseException]", error).exceptions[0]
     return error

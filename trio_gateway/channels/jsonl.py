@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import orjson
 import trio
@@ -144,7 +144,7 @@ def _load(line: Line) -> dict[str, Any]:
         raise InvalidInput(f"not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise InvalidInput('expected an object such as {"session": "a", "id": "m1", "text": "hi"}')
-    return value
+    return cast("dict[str, Any]", value)
 
 
 def _message(fields: dict[str, Any], channel: str) -> Message:
