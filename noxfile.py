@@ -1,0 +1,132 @@
+"""What is checked before a change is done: `nox` runs all of it, `nox -s tests-3.12` one part.
+
+A Python that is not installed is skipped, except where CI is set: there it is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = "CI" in os.environ
+nox.options.sessions = [
+    "lint", "types", "tests", "tests_trio", "crash", "examples", "build", "bench",
+]  # fmt: skip
+
+PYTHONS = ["3.11", "3.12", "3.13"]
+OLDEST_TRIO = "trio==0.32.0"
+GROUPS = nox.project.dependency_groups
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def _offer_pyenv_pythons() -> None:
+    """Let pyenv's `python3.12` and the like start: its shims know only versions that are chosen."""
+    if os.environ.get("PYENV_VERSION") or shutil.which("pyenv") is None:
+        return
+    chosen = _words("pyenv", "version-name")
+    installed = _words("pyenv", "versions", "--bare", "--skip-aliases")
+    wanted = [v for v in installed if v.rpartition(".")[0] in PYTHONS and v not in chosen]
+    os.environ["PYENV_VERSION"] = ":".join([*chosen, *wanted])
+
+
+def _words(*command: str) -> list[str]:
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return output.replace(":", " ").split()
+
+
+_offer_pyenv_pythons()
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, and what is easily done wrong in Trio."""
+    session.install(*GROUPS(PROJECT, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    startable = "--startable-in-context-manager=_live,_live_in_blocks"
+    session.run("flake8-async", startable, *map(str, Path("trio_gateway").rglob("*.py")))
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, by two checkers, and that nothing public is without one."""
+    session.install("-e", ".[test]", *GROUPS(PROJECT, "types"))
+    session.run("mypy")
+    session.run("pyright")
+    session.run("pyright", "--verifytypes", "trio_gateway", "--ignoreexternal")
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The tests, on every Python. Arguments go to pytest."""
+    session.install("-e", ".[test]")
+    session.run("pytest", *(session.posargs or ["-n", "2"]))
+
+
+@nox.session(python="3.12")
+@nox.parametrize("trio", [OLDEST_TRIO, "trio"], ids=["oldest", "newest"])
+def tests_trio(session: nox.Session, trio: str) -> None:
+    """The tests, on the oldest Trio that is allowed, and on the newest."""
+    session.install("-e", ".[test]")
+    session.install("--upgrade", trio)
+    session.run("pytest", *(session.posargs or ["-n", "2"]))
+
+
+@nox.session
+def crash(session: nox.Session) -> None:
+    """Processes killed at random under load, and checked."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "tests/crash", "-m", "crash", *session.posargs)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Every example, run as a process; README's bot and transcript too."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "tests/test_examples.py", "tests/test_readme.py", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """The wheel, installed by itself, works from another folder."""
+    session.install("build")
+    folder = Path(session.create_tmp()).resolve()
+    shutil.rmtree(folder)
+    session.run("python", "-m", "build", "--outdir", str(folder / "dist"))
+    (wheel,) = (folder / "dist").glob("*.whl")
+    session.run("python", "-m", "venv", str(folder / "venv"))
+    bin_folder = folder / "venv" / "bin"
+    session.run(str(bin_folder / "pip"), "install", "--quiet", str(wheel), external=True)
+    shutil.copy("examples/echo.py", folder)
+    with session.chdir(folder):
+        session.run(str(bin_folder / "trio-gateway"), "--version", external=True)
+        _expect_echo(session, bin_folder / "trio-gateway")
+
+
+def _expect_echo(session: nox.Session, command: Path) -> None:
+    """`echo hello | trio-gateway run echo.py:agent`, as a stranger would."""
+    done = subprocess.run(
+        [command, "run", "echo.py:agent"],
+        input="hello\n", capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    if done.returncode or done.stdout != "hello\n":
+        session.error(f"echo answered {done.stdout!r} ({done.returncode})\n{done.stderr}")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The figures: ratios to a bare program that makes the same commits. One JSON object."""
+    session.install("-e", ".")
+    report = session.run(
+        "python", "-m", "benchmarks", "floor", "--json", *session.posargs, silent=True
+    )
+    print(json.dumps(json.loads(str(report)), indent=2))
