@@ -301,9 +301,9 @@ class Log:
 
     def _write_all(self) -> None:
         output = _Output(self._fd)
-        first = self._queue.get()
-        # structlog is slow to import, and this thread has the time.
+        # structlog is slow to import; nobody has to wait for it here.
         renderer = self._make_renderer()
+        first = self._queue.get()
         told_dropped = 0
         while True:
             text, flushed = self._collect(first, renderer)

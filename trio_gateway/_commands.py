@@ -1,0 +1,589 @@
+"""The commands. Each reads, or changes, or hosts; what it shows comes from `_views`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Final, TypeVar
+
+from cyclopts import App, CycloptsError, Parameter
+
+from . import _views
+from ._cli import EXIT_CONFIG, UsageError
+from ._config import DEFAULT, Config, Given, LogLevel, load_config, parse_duration
+from ._errors import ConfigError, NotFound
+from ._signals import SignalDesk
+from .channels import Channel
+from .store import DeadLetter, Ledger, QuarantineRow, StoreReader, edit_store, read_store
+
+T = TypeVar("T")
+
+# ----- what several commands take
+
+
+def _is_duration(_: object, text: str | None) -> None:
+    if text is not None:
+        parse_duration(text)
+
+
+ConfigOption = Annotated[
+    Path | None, Parameter("--config", help="The configuration; without it, ./gateway.toml.")
+]
+StoreOption = Annotated[
+    Path | None, Parameter("--store", help="The store; without it, the configuration's.")
+]
+JsonOption = Annotated[bool, Parameter("--json", help="One JSON document instead.")]
+LimitOption = Annotated[int, Parameter("--limit", help="How many at the most, newest first.")]
+AllOption = Annotated[bool, Parameter("--all", help="All of them.")]
+DurationOption = Annotated[str | None, Parameter(validator=_is_duration)]
+
+app: Final = App(
+    name="trio-gateway",
+    help="Hosts chat agents on Trio and never loses a turn.",
+    version=version("trio-gateway"),
+    default_parameter=Parameter(negative=""),
+    help_format="plaintext",
+)
+sessions_app: Final = App(name="sessions", help="Look at conversations.")
+quarantine_app: Final = App(name="quarantine", help="Turns that kept killing the process.")
+letters_app: Final = App(name="dead-letters", help="Replies that could not be delivered.")
+config_app: Final = App(name="config", help="Look at the configuration.")
+for _group in (sessions_app, quarantine_app, letters_app, config_app):
+    app.command(_group)
+
+
+def call(words: Sequence[str], signals: SignalDesk | None) -> int:
+    """Run the command that `words` name; return the exit code. Raises `UsageError`."""
+    try:
+        command, bound, ignored = app.parse_args(words, print_error=False, exit_on_error=False)
+    except CycloptsError as error:
+        raise UsageError(str(error)) from None
+    if "signals" in ignored:
+        bound.arguments["signals"] = signals or SignalDesk()
+    result = command(*bound.args, **bound.kwargs)
+    return result if isinstance(result, int) else 0
+
+
+def _store_path(store: Path | None, config: Path | None) -> Path:
+    return store or load_config(config, os.environ).sections.store.path
+
+
+@contextmanager
+def _reading(store: Path | None, config: Path | None) -> Generator[StoreReader]:
+    reader = read_store(_store_path(store, config))
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+# ----- run
+
+
+@app.command
+def run(
+    agent: str,
+    /,
+    *,
+    config: ConfigOption = None,
+    store: StoreOption = None,
+    jsonl: bool = False,
+    session: str | None = None,
+    grace: DurationOption = None,
+    budget: DurationOption = None,
+    log_level: LogLevel | None = None,
+    signals: Annotated[SignalDesk, Parameter(parse=False)],
+) -> int:
+    """Host an agent, in this terminal or for another program.
+
+    Parameters
+    ----------
+    agent
+        Where the agent is: bot.py:agent, or package.module:agent.
+    jsonl
+        Speak JSON lines on standard input and output.
+    session
+        The conversation to open in the terminal.
+    grace
+        How long open turns may go on when the gateway is stopped, like 20s.
+    budget
+        How long a stop may take in all, like 30s.
+    log_level
+        From which level on the log tells something.
+    """
+    from ._host import host
+    from ._loader import load_agent
+    from ._logs import logging_to_stderr
+
+    options = {
+        "store.path": None if store is None else str(store),
+        "drain.grace": grace,
+        "drain.budget": budget,
+        "log.level": log_level,
+    }
+    told = load_config(config, os.environ, _given(options))
+    channel = _channel(told, jsonl=jsonl, session=session)
+    with logging_to_stderr(_log_level(told, channel), told.sections.log.format) as log:
+        for warning in told.warnings():
+            log.say("warning", "configuration", warning=warning)
+        return host(
+            load_agent(agent),
+            store=told.sections.store.path,
+            channels=[channel],
+            settings=told.settings(),
+            log=log,
+            signals=signals,
+        )
+
+
+_OPTIONS: Final = {
+    "store.path": "--store",
+    "drain.grace": "--grace",
+    "drain.budget": "--budget",
+    "log.level": "--log-level",
+}
+
+
+def _given(options: dict[str, str | None]) -> list[Given]:
+    return [
+        Given(key=key, text=text, origin=_OPTIONS[key])
+        for key, text in options.items()
+        if text is not None
+    ]
+
+
+def _channel(config: Config, *, jsonl: bool, session: str | None) -> Channel:
+    """The channel that the command line asks for, else the configuration's, else the console."""
+    told = config.sections.channels
+    if jsonl or (told.jsonl is not None and session is None):
+        if session is not None:
+            raise UsageError(
+                "--session is for the terminal; with --jsonl each message names its own"
+            )
+        from .channels.jsonl import JsonlChannel
+
+        return JsonlChannel()
+    from .channels.console import ConsoleChannel
+
+    named = session or (told.console.session if told.console is not None else None)
+    if named is None:
+        return ConsoleChannel()
+    return ConsoleChannel(session=named.removeprefix(f"{ConsoleChannel.name}:"))
+
+
+def _log_level(config: Config, channel: Channel) -> LogLevel:
+    level = config.sections.log.level
+    talks = channel.name == "console" and sys.stderr is not None and sys.stderr.isatty()
+    # Nobody wants the gateway's diary between the lines of a conversation, unless they say so.
+    quiet = talks and config.origin("log.level") == DEFAULT
+    return LogLevel.WARNING if quiet else level
+
+
+# ----- sessions
+
+
+@sessions_app.command(name="list")
+def sessions_list(
+    *,
+    limit: LimitOption = 50,
+    json: JsonOption = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """List conversations, the one with the newest message first."""
+    with _reading(store, config) as reader:
+        rows = reader.sessions(max(limit, 0))
+    screen = _views.Screen()
+    screen.json(rows) if json else screen.listing(_views.sessions(rows))
+
+
+@sessions_app.command(name="show")
+def sessions_show(
+    key: str,
+    /,
+    *,
+    limit: LimitOption = 20,
+    json: JsonOption = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Show one conversation: its open turn, its messages, and what was said.
+
+    Parameters
+    ----------
+    key
+        channel:name, or the name alone.
+    """
+    with _reading(store, config) as reader:
+        session = reader.find_session(key)
+        rows = reader.messages(session, max(limit, 0))
+        said = reader.history(session, None, max(limit, 0))
+        turn = next((one for one in reader.open_turns() if one.session == session), None)
+    screen = _views.Screen()
+    if json:
+        screen.json({"session": session, "turn": turn, "messages": rows, "history": said})
+        return
+    screen.line(_views.session_heading(session, turn, rows))
+    screen.line()
+    screen.listing(_views.messages(rows))
+    screen.line()
+    screen.listing(_views.conversation(said))
+
+
+@app.command
+def explain(
+    message_id: str,
+    /,
+    *,
+    json: JsonOption = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Tell the life of one message: accepted, attempts, markers, steps, replies, deliveries.
+
+    Parameters
+    ----------
+    message_id
+        The id that the platform gave it.
+    """
+    with _reading(store, config) as reader:
+        lives = reader.explain(message_id)
+    screen = _views.Screen()
+    if json:
+        screen.json({"id": message_id, "timelines": lives})
+        return
+    for n, life in enumerate(lives):
+        if n:
+            screen.line()
+        screen.listing(_views.timeline(life))
+
+
+# ----- quarantine
+
+
+@quarantine_app.command(name="list")
+def quarantine_list(
+    *, json: JsonOption = False, store: StoreOption = None, config: ConfigOption = None
+) -> None:
+    """List the turns that were put aside."""
+    with _reading(store, config) as reader:
+        rows = reader.quarantine()
+    screen = _views.Screen()
+    screen.json(rows) if json else screen.listing(_views.quarantine(rows))
+
+
+@quarantine_app.command(name="show")
+def quarantine_show(
+    name: str,
+    /,
+    *,
+    json: JsonOption = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Show one turn that was put aside, and its messages.
+
+    Parameters
+    ----------
+    name
+        The turn's number, or the id of one of its messages.
+    """
+    with _reading(store, config) as reader:
+        row = _one_turn(reader.quarantine(), name)
+    screen = _views.Screen()
+    if json:
+        screen.json(row)
+        return
+    for line in _views.facts(
+        (
+            ("turn", row.turn),
+            ("session", row.session),
+            ("begun", row.begun_at),
+            ("put aside", row.quarantined_at),
+            ("why", row.why),
+            ("attempts", row.attempts),
+            ("crashes", row.crashes),
+            ("stops", row.interruptions),
+            *((f"message {message.id}", message.text) for message in row.messages),
+        )
+    ):
+        screen.line(line)
+
+
+@quarantine_app.command(name="retry")
+def quarantine_retry(
+    *names: str,
+    everything: AllOption = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Let the messages of turns that were put aside wait for an answer once more.
+
+    Parameters
+    ----------
+    names
+        Numbers of turns, or ids of their messages.
+    """
+    _change_turns(
+        _store_path(store, config),
+        lambda rows: _chosen(rows, names, _one_turn, everything),
+        Ledger.retry_quarantined,
+        "wait again: the next start answers them",
+    )
+
+
+@quarantine_app.command(name="drop")
+def quarantine_drop(
+    *names: str,
+    everything: AllOption = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Give the messages of turns that were put aside up for good.
+
+    Parameters
+    ----------
+    names
+        Numbers of turns, or ids of their messages.
+    """
+    _change_turns(
+        _store_path(store, config),
+        lambda rows: _chosen(rows, names, _one_turn, everything),
+        Ledger.drop_quarantined,
+        "are given up",
+    )
+
+
+def _change_turns(
+    path: Path,
+    choose: Callable[[Sequence[QuarantineRow]], Sequence[QuarantineRow]],
+    change: Callable[[Ledger, int], tuple[str, ...]],
+    outcome: str,
+) -> None:
+    with _reading(path, None) as reader:
+        rows = choose(reader.quarantine())
+    # One transaction for all of them: a store that is in use refuses all, not some.
+    done = edit_store(path, lambda ledger: [(row, change(ledger, row.turn)) for row in rows])
+    screen = _views.Screen()
+    for row, ids in done:
+        names = ", ".join(map(_views.cell, ids)) or "none"
+        screen.line(f"turn {row.turn} of {_views.cell(row.session)}: messages {names} {outcome}")
+
+
+def _one_turn(rows: Sequence[QuarantineRow], name: str) -> QuarantineRow:
+    found = [
+        row
+        for row in rows
+        if str(row.turn) == name or any(message.id == name for message in row.messages)
+    ]
+    if len(found) > 1:
+        turns = " and ".join(str(row.turn) for row in found)
+        raise NotFound(f"{name!r} could be of turns {turns} in quarantine; name one by another id")
+    if not found:
+        raise NotFound(
+            f"no turn or message {name!r} in quarantine; see trio-gateway quarantine list"
+        )
+    return found[0]
+
+
+def _chosen(
+    rows: Sequence[T],
+    names: Sequence[str],
+    find: Callable[[Sequence[T], str], T],
+    everything: bool,
+) -> Sequence[T]:
+    if bool(names) == everything:
+        raise UsageError("name one or more, or give --all")
+    # Named twice is named once.
+    return rows if everything else [*dict.fromkeys(find(rows, name) for name in names)]
+
+
+# ----- dead letters
+
+
+@letters_app.command(name="list")
+def letters_list(
+    *, json: JsonOption = False, store: StoreOption = None, config: ConfigOption = None
+) -> None:
+    """List the replies that could not be delivered."""
+    with _reading(store, config) as reader:
+        rows = reader.dead_letters()
+    screen = _views.Screen()
+    screen.json(rows) if json else screen.listing(_views.dead_letters(rows))
+
+
+@letters_app.command(name="show")
+def letters_show(
+    name: str,
+    /,
+    *,
+    json: JsonOption = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Show one reply that could not be delivered.
+
+    Parameters
+    ----------
+    name
+        The delivery's number, or its key.
+    """
+    with _reading(store, config) as reader:
+        row = _one_letter(reader.dead_letters(), name)
+    screen = _views.Screen()
+    if json:
+        screen.json(row)
+        return
+    for line in _views.facts(
+        (
+            ("delivery", row.delivery),
+            ("session", row.session),
+            ("turn", row.turn),
+            ("key", row.key),
+            ("said", row.created_at),
+            ("tries", row.tries),
+            ("error", row.error),
+            ("text", row.text),
+        )
+    ):
+        screen.line(line)
+
+
+@letters_app.command(name="retry")
+def letters_retry(
+    *names: str,
+    everything: AllOption = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Send replies that could not be delivered once more.
+
+    Parameters
+    ----------
+    names
+        Numbers of deliveries, or their keys.
+    """
+    _change_letters(
+        _store_path(store, config),
+        lambda rows: _chosen(rows, names, _one_letter, everything),
+        Ledger.retry_dead,
+        "waits again: the next start sends it, marked as a possible repeat",
+    )
+
+
+@letters_app.command(name="drop")
+def letters_drop(
+    *names: str,
+    everything: AllOption = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Give replies that could not be delivered up for good.
+
+    Parameters
+    ----------
+    names
+        Numbers of deliveries, or their keys.
+    """
+    _change_letters(
+        _store_path(store, config),
+        lambda rows: _chosen(rows, names, _one_letter, everything),
+        Ledger.drop_dead,
+        "is given up",
+    )
+
+
+def _change_letters(
+    path: Path,
+    choose: Callable[[Sequence[DeadLetter]], Sequence[DeadLetter]],
+    change: Callable[[Ledger, int], bool],
+    outcome: str,
+) -> None:
+    with _reading(path, None) as reader:
+        rows = choose(reader.dead_letters())
+    edit_store(path, lambda ledger: [change(ledger, row.delivery) for row in rows])
+    screen = _views.Screen()
+    for row in rows:
+        screen.line(f"delivery {row.delivery} to {_views.cell(row.session)} {outcome}")
+
+
+def _one_letter(rows: Sequence[DeadLetter], name: str) -> DeadLetter:
+    found = [row for row in rows if name in (str(row.delivery), row.key)]
+    if not found:
+        raise NotFound(f"no dead letter {name!r}; see trio-gateway dead-letters list")
+    return found[0]
+
+
+# ----- the configuration
+
+
+@config_app.command(name="show")
+def config_show(*, json: JsonOption = False, config: ConfigOption = None) -> None:
+    """Show every effective value, and where it came from."""
+    told = load_config(config, os.environ)
+    screen = _views.Screen()
+    if json:
+        screen.json(_views.config_as_json(told))
+        return
+    for line in _views.config_as_toml(told):
+        screen.line(line)
+
+
+@config_app.command(name="check")
+def config_check(*, json: JsonOption = False, config: ConfigOption = None) -> int:
+    """Check the configuration; exit code 78 if it cannot be used."""
+    screen = _views.Screen()
+    try:
+        told = load_config(config, os.environ)
+    except ConfigError as error:
+        if not json:
+            raise
+        screen.json({"ok": False, "errors": str(error).splitlines(), "warnings": []})
+        return EXIT_CONFIG
+    if json:
+        screen.json({"ok": True, "errors": [], "warnings": told.warnings()})
+        return 0
+    for warning in told.warnings():
+        screen.line(f"warning: {warning}")
+    screen.line(f"{told.file or 'no gateway.toml here, so every default'}: ok")
+    return 0
+
+
+# ----- looking after it
+
+
+@app.command
+def doctor(
+    *, json: JsonOption = False, store: StoreOption = None, config: ConfigOption = None
+) -> int:
+    """Check the store, its lock, the disk, the permissions, and the deadlines of a stop.
+
+    Exit code 1 if anything fails.
+    """
+    from ._doctor import examine
+
+    told = load_config(config, os.environ)
+    findings = examine(told, store or told.sections.store.path)
+    screen = _views.Screen()
+    sick = any(finding.status == "fail" for finding in findings)
+    if json:
+        screen.json({"ok": not sick, "checks": findings})
+    else:
+        screen.listing(_views.findings(findings))
+    return int(sick)
+
+
+@app.command
+def demo() -> int:
+    """Kill a gateway in the middle of its stop, and see that nothing is lost.
+
+    Three turns; a stop; the kill; a second start: who settled, who was marked, who resumed. With
+    real processes and real signals, in about ten seconds, in a folder of its own.
+    """
+    from ._demo import demonstrate
+
+    return demonstrate(_views.Screen())
