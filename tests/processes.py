@@ -27,8 +27,6 @@ from typing import Any
 
 from trio_gateway.store import read_store
 
-HOSTED = Path(__file__).with_name("hosted.py")
-
 ECHO = """
 async def agent(turn):
     return turn.text
@@ -217,14 +215,8 @@ def launch(
     source = where / f"agent{number}.py"
     source.write_text(textwrap.dedent(agent))
     errors = where / f"stderr{number}.txt"
-    command = [
-        sys.executable,
-        str(HOSTED),
-        str(source),
-        str(where / store),
-        str(grace),
-        str(budget),
-    ]
+    command = [sys.executable, "-m", "trio_gateway", "run", f"{source}:agent", "--jsonl"]
+    command += ["--store", str(where / store), "--grace", f"{grace}s", "--budget", f"{budget}s"]
     with errors.open("wb") as to_file:
         process = subprocess.Popen(
             command,
@@ -232,6 +224,7 @@ def launch(
             stdout=subprocess.PIPE,
             stderr=to_file if stderr is None else stderr,
             env=dict(env),
+            cwd=where,
             start_new_session=True,
         )
     gateway = GatewayProcess(process, errors)
