@@ -1,20 +1,46 @@
 """The test bench: what this project's own tests use, for whoever writes an agent, a channel or a
 store.
 
-    MemoryChannel   a platform in memory: hand in messages, look at what was delivered
-    VirtualClock    a clock that follows Trio's, so that an hour passes in no time
-    check_invariants    what must be true of a store file, whatever happened
+    kill_my_agent_anywhere   runs a scenario, dying before and after each of its commits
+    CrashPoints              dies at one commit of a store
+    World                    what outlives the process: the store, and what the world outside got
+    MemoryChannel            a platform in memory: hand in messages, look at what was delivered
+    VirtualClock             a clock that follows Trio's, so that an hour passes in no time
+    GatewayOpener            opens gateways on one store, for tests of several boots
+    check_invariants         what must be true of a store file, whatever happened
+
+Fixtures for pytest are in `trio_gateway.testing.plugin`; pytest finds them by itself.
 """
 
 from ._clock import VirtualClock
+from ._crash import (
+    CrashFailure,
+    CrashPoint,
+    CrashPoints,
+    CrashReport,
+    Life,
+    every_crash_point,
+    kill_my_agent_anywhere,
+)
 from ._invariants import check_invariants, violations
 from ._memory import MemoryChannel
 from ._opener import GatewayOpener
+from ._world import Arrived, SurvivingChannel, World
 
 __all__ = [
+    "Arrived",
+    "CrashFailure",
+    "CrashPoint",
+    "CrashPoints",
+    "CrashReport",
     "GatewayOpener",
+    "Life",
     "MemoryChannel",
+    "SurvivingChannel",
     "VirtualClock",
+    "World",
     "check_invariants",
+    "every_crash_point",
+    "kill_my_agent_anywhere",
     "violations",
 ]

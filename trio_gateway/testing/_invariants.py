@@ -61,7 +61,8 @@ def _look(db: apsw.Connection, rules: tuple[tuple[str, str], ...]) -> Iterator[s
 
 def _rules() -> tuple[tuple[str, str], ...]:
     """Sentence and query of each rule, from the file."""
-    _, *blocks = files(__name__.rpartition(".")[0]).joinpath("invariants.sql").read_text("utf-8").split("\n\n")
+    text = files(__name__.rpartition(".")[0]).joinpath("invariants.sql").read_text("utf-8")
+    _, *blocks = text.split("\n\n")
     return tuple(_rule(block) for block in blocks)
 
 

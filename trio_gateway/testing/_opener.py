@@ -1,4 +1,4 @@
-"""Opens gateways for tests: always the same store, clock and channel, so each one is a boot."""
+"""Opens gateways for tests: always the same store and clock, so that each one is a boot."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 
 import attrs
 
-from .. import Agent, Authorize, Channel, Event, Gateway, Settings, open_gateway
-from ._clock import VirtualClock
-from ._memory import MemoryChannel
+from .. import Agent, Authorize, Channel, Clock, Event, Gateway, Settings, open_gateway
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class GatewayOpener:
-    """Calls `open_gateway` with what a test has set up; what the `open_test_gateway` fixture is.
+    """Calls `open_gateway` with what a test has set up, and with what it is called with.
 
-    Writes run in the loop, not on a thread: under a virtual clock a thread's work would look like
-    idleness, and time would run away.
+    `inline_store`: writes run in the loop, not on a thread. Under a virtual clock that is a must: a
+    thread's work looks like idleness there, and time would run away.
     """
 
     store: Path
-    clock: VirtualClock
-    channel: MemoryChannel
+    clock: Clock | None = None
+    channels: Sequence[Channel] = ()
+    inline_store: bool = False
+    tap: Callable[[str], None] | None = None
 
     def __call__(
         self,
@@ -35,18 +35,15 @@ class GatewayOpener:
         listen: Callable[[Event], None] | None = None,
         tap: Callable[[str], None] | None = None,
     ) -> AbstractAsyncContextManager[Gateway]:
-        """A gateway that hosts `agent`, as an async context manager; see `open_gateway`.
-
-        `channels` is the one memory channel unless given.
-        """
+        """A gateway that hosts `agent`, as an async context manager; see `open_gateway`."""
         return open_gateway(
             agent,
             store=self.store,
-            channels=[self.channel] if channels is None else channels,
+            channels=self.channels if channels is None else channels,
             settings=settings,
             authorize=authorize,
             listen=listen,
             clock=self.clock,
-            inline_store=True,
-            tap=tap,
+            inline_store=self.inline_store,
+            tap=tap or self.tap,
         )

@@ -57,6 +57,8 @@ def open_test_gateway(
     from ._invariants import check_invariants
     from ._opener import GatewayOpener
 
-    yield GatewayOpener(gateway_store, virtual_clock, memory_channel)
+    yield GatewayOpener(
+        store=gateway_store, clock=virtual_clock, channels=[memory_channel], inline_store=True
+    )
     if gateway_store.exists():
         check_invariants(gateway_store)
