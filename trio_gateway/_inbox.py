@@ -95,6 +95,7 @@ class Inbox:
         command = self._command(message)
         arrival = Arrival(
             message,
+            session.key,
             session_id=session.id,
             command=command,
             arrived=self._desk.links.is_local(message.channel),

@@ -15,7 +15,6 @@ to wait delays nobody else.
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
@@ -41,7 +40,7 @@ LONGEST_WAIT: Final = 86_400.0
 @attrs.define(eq=False)
 class _Lane:
     session: SessionKey
-    queue: deque[Delivery] = attrs.field(factory=deque)
+    queue: list[Delivery] = attrs.field(factory=list[Delivery])
 
 
 class Outbox:
@@ -112,7 +111,7 @@ class Outbox:
     async def _empty(self, lane: _Lane) -> None:
         while lane.queue:
             await self._deliver(lane.queue[0])
-            lane.queue.popleft()
+            del lane.queue[0]
             self.undelivered -= 1
         del self._lanes[lane.session]
         session = self._sessions.get(lane.session)
@@ -168,7 +167,8 @@ class Outbox:
             await link.sending.acquire()
         notice = delivery.kind is ReplyKind.NOTICE
         try:
-            with trio.move_on_after(NOTICE_TIMEOUT if notice else self._rules.timeout) as scope:
+            timeout = NOTICE_TIMEOUT if notice else self._rules.timeout
+            with trio.CancelScope(relative_deadline=timeout) as scope:
                 await link.channel.send(delivery)
             return not scope.cancelled_caught
         finally:

@@ -108,6 +108,8 @@ class Running:
 
     async def wait_over(self) -> None:
         """Wait until the child has ended, its commit included."""
+        if self.handle._child is None:
+            return  # it has, while the caller was busy
         if self.over is None:
             self.over = trio.Event()
         await self.over.wait()
@@ -747,8 +749,8 @@ class Turn:
         """
         self._must_be_open("step")
         if self._steps is None:
-            known = {step.name: step.result if step.done else None
-                     for step in self._turn.steps.values()}  # fmt: skip
+            steps = self._turn.steps or {}
+            known = {name: step.result if step.done else None for name, step in steps.items()}
             self._steps = Steps(_Memory(self, self._desk, self._turn), known)
         return await self._steps.do(fn, args, name, Effect.of(effect))
 

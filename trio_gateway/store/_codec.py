@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any, Final
 
 import attrs
+import orjson
 from cattrs import BaseValidationError, ForbiddenExtraKeysError
 from cattrs.preconf.orjson import make_converter
 
@@ -36,9 +37,12 @@ class BadRow(Exception):
     """A row that cannot be read back; the text says what is wrong with it."""
 
 
+_unstructure_body: Final = _converter.get_unstructure_hook(Body)
+
+
 def dump_body(message: Message) -> str:
     """A message's body, as JSON."""
-    return _converter.dumps(Body(message.text, message.sender)).decode()
+    return orjson.dumps(_unstructure_body(Body(message.text, message.sender))).decode()
 
 
 def load_message(key: SessionKey, message_id: str, body: str | None) -> Message:
@@ -62,7 +66,7 @@ def _first_line(error: BaseException) -> str:
 
 def dump_ids(ids: tuple[str, ...]) -> str:
     """Message ids, as JSON."""
-    return _converter.dumps(ids).decode()
+    return orjson.dumps(ids).decode()
 
 
 def load_ids(text: str) -> tuple[str, ...]:

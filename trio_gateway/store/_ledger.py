@@ -73,6 +73,7 @@ class Ledger:
         self._db = db
         self._run = db.execute
         self._clock = clock
+        self._now = clock.now()
         self._epoch = 0
         self._store_id: str = next(iter(self._run(query("store_id"))))[0]
         newest = next(iter(self._run(query("newest_turn"))))[0]
@@ -82,6 +83,10 @@ class Ledger:
     def store_id(self) -> str:
         """Who this store is; every key begins with it."""
         return self._store_id
+
+    def begins(self) -> None:
+        """A transaction begins: all that happens in it happens at one instant."""
+        self._now = self._clock.now()
 
     def _new_turn_id(self) -> int:
         # Counted here and not by the database: a transaction that rolls back leaves a gap, never
@@ -93,7 +98,7 @@ class Ledger:
 
     def recover(self) -> Recovered:
         """Open an epoch, charge what the last one left RUNNING, and list all that is open."""
-        now = self._clock.now()
+        now = self._now
         ending = _one(self._run(query("last_ending")))
         self._run(
             query("add_epoch"), (os.getpid(), now.machine, now.wall, now.wall, now.up)
@@ -131,19 +136,19 @@ class Ledger:
 
     def touch(self) -> None:
         """Note that this process lives."""
-        now = self._clock.now()
+        now = self._now
         self._run(query("touch_epoch"), (now.wall, now.up, self._epoch))
 
     def end_epoch(self, ending: str) -> None:
         """Note that this process leaves in order."""
-        now = self._clock.now()
+        now = self._now
         self._run(query("end_epoch"), (now.wall, now.up, ending, self._epoch))
 
     # ----- the inbox
 
     def accept(self, arrivals: Sequence[Arrival], cursor: Cursor | None) -> tuple[Admitted, ...]:
         """Take messages in, with the cursor that covers them."""
-        now = self._clock.now().wall
+        now = self._now.wall
         admitted = tuple(self._accept_one(arrival, now) for arrival in arrivals)
         if cursor is not None:
             self._run(query("set_cursor"), (cursor.channel, cursor.value, now))
@@ -151,7 +156,7 @@ class Ledger:
 
     def _accept_one(self, arrival: Arrival, now: int) -> Admitted:
         message = arrival.message
-        session_id = arrival.session_id or self._session_id(message.key)
+        session_id = arrival.session_id or self._session_id(arrival.key)
         turn_id = self._new_turn_id() if arrival.begin else None
         state = "answered" if arrival.command else "running" if turn_id else "queued"
         self._run(
@@ -168,14 +173,14 @@ class Ledger:
             ),
         )
         if not self._db.changes():
-            return Admitted(_receipt(message, ReceiptStatus.DUPLICATE), session_id)
-        receipt = _receipt(message, ReceiptStatus.ACCEPTED)
+            return Admitted(_receipt(arrival, ReceiptStatus.DUPLICATE), session_id)
+        receipt = _receipt(arrival, ReceiptStatus.ACCEPTED)
         if arrival.command:
             return self._obey(arrival, arrival.command, receipt, session_id, now)
         if turn_id:
             self._run(query("add_turn"), (turn_id, session_id, self._epoch, now, None))
             turn = OpenTurn(
-                id=turn_id, session=message.key, session_id=session_id, attempt=1, messages=(message,)
+                id=turn_id, session=arrival.key, session_id=session_id, attempt=1, messages=(message,)
             )
             return Admitted(receipt, session_id, turn)
         if arrival.interrupt and (stopped := self._replace(session_id, now)):
@@ -211,7 +216,7 @@ class Ledger:
         text = self._do(command, admitted, now)
         message = arrival.message
         admitted.deliveries = self._insert(
-            message.key,
+            arrival.key,
             session_id,
             NewReply(1, ReplyKind.COMMAND, (text,), True, (message.id,), arrival.arrived),
             f"{self._store_id}-c-{message.channel}-{message.id}",
@@ -247,7 +252,7 @@ class Ledger:
         self, session_id: int, why: str, now: int | None = None
     ) -> tuple[int | None, tuple[str, ...]]:
         """End the open turn of a session, if any, for good: (the turn, its messages' ids)."""
-        now = self._clock.now().wall if now is None else now
+        now = self._now.wall if now is None else now
         row = _one(self._run(query("stop_turn"), (now, why, session_id)))
         if row is None:
             return None, ()
@@ -284,7 +289,7 @@ class Ledger:
 
     def begin(self, request: Begin) -> Begun:
         """Begin the next turn of a session with the message that waits longest (or all of them)."""
-        now = self._clock.now().wall
+        now = self._now.wall
         limit = COLLECT_AT_MOST if request.collect else 1
         unreadable: list[Unreadable] = []
         while rows := list(self._run(query("waiting_messages"), (request.session_id, limit))):
@@ -348,7 +353,7 @@ class Ledger:
         messages = self.messages_of(pending)
         key = (pending.id, pending.marker.attempt)
         self._run(query("keep_attempt"), key)
-        self._run(query("resume_turn"), (self._epoch, self._clock.now().wall, *key))
+        self._run(query("resume_turn"), (self._epoch, self._now.wall, *key))
         if not self._db.changes():
             return None
         checkpoint, restart_asked, reason, at = _one(
@@ -383,7 +388,7 @@ class Ledger:
 
     def settle(self, end: Settlement) -> Settled:
         """End a turn: marker, messages, reply and the next turn of a session, together."""
-        now = self._clock.now().wall
+        now = self._now.wall
         self._run(
             query("end_turn"), (end.state, now, end.error, end.turn, end.attempt, self._epoch)
         )
@@ -420,7 +425,7 @@ class Ledger:
 
     def end_pending(self, ends: Sequence[Settlement]) -> tuple[Settled, ...]:
         """End turns that recovery does not resume, all in one transaction."""
-        now = self._clock.now().wall
+        now = self._now.wall
         return tuple(self._end_pending_one(end, now) for end in ends)
 
     def _end_pending_one(self, end: Settlement, now: int) -> Settled:
@@ -431,7 +436,7 @@ class Ledger:
 
     def mark_resume_pending(self, reason: ResumeReason) -> int:
         """Mark every turn of this epoch that is RUNNING; return how many. Twice changes nothing."""
-        now = self._clock.now()
+        now = self._now
         self._run(query("mark_resume_pending"), (reason, now.wall, now.up, self._epoch))
         return self._db.changes()
 
@@ -448,7 +453,7 @@ class Ledger:
         """Let a running turn take the message that waits longest in its session."""
         if not self._is_open(turn, attempt):
             return None
-        now = self._clock.now().wall
+        now = self._now.wall
         while row := _one(self._run(query("waiting_messages"), (request.session_id, 1))):
             seq, message_id, body, _ = row
             try:
@@ -466,7 +471,7 @@ class Ledger:
         """Note that an unsafe step is about to run. False: the attempt is over."""
         if not self._is_open(turn, attempt):
             return False
-        now = self._clock.now().wall
+        now = self._now.wall
         self._run(query("begin_step"), (turn, name, effect, attempt, now))
         return True
 
@@ -477,7 +482,7 @@ class Ledger:
         self._run(query("progressed"), (turn, attempt, self._epoch))
         if not self._db.changes():
             return False
-        now = self._clock.now().wall
+        now = self._now.wall
         self._run(query("finish_step"), (turn, name, effect, result, attempt, began_at, now))
         return True
 
@@ -544,7 +549,7 @@ class Ledger:
         attempt: int,
         turn: int | None,
     ) -> tuple[Delivery, ...]:
-        now = self._clock.now().wall
+        now = self._now.wall
         about = dump_ids(reply.about)
         parts = len(reply.parts)
         state, arrived_at = ("delivered", now) if reply.arrived else ("pending", None)
@@ -587,7 +592,7 @@ class Ledger:
 
     def delivered(self, delivery: int, tries: int) -> None:
         """The platform has it."""
-        self._run(query("delivery_arrived"), (self._clock.now().wall, tries, delivery))
+        self._run(query("delivery_arrived"), (self._now.wall, tries, delivery))
 
     def delayed(
         self, delivery: int, tries: int, not_before: int, error: str, repeat: bool
@@ -659,8 +664,8 @@ class Ledger:
             self._run(query(name), (turn,))
 
 
-def _receipt(message: Message, status: ReceiptStatus) -> Receipt:
-    return Receipt(status=status, session=message.key, id=message.id)
+def _receipt(arrival: Arrival, status: ReceiptStatus) -> Receipt:
+    return Receipt(status=status, session=arrival.key, id=arrival.message.id)
 
 
 def reply_of(deliveries: Sequence[Delivery]) -> Reply | None:

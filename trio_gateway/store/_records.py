@@ -34,7 +34,7 @@ class OpenTurn:
     messages: tuple[Message, ...]
     resumed: Resumed | None = None
     checkpoint: str | None = None
-    steps: dict[str, Step] = attrs.field(factory=dict)
+    steps: dict[str, Step] | None = None
     restart_asked: bool = False
     alone: bool = False
 
@@ -96,6 +96,7 @@ class Arrival:
     """
 
     message: Message
+    key: SessionKey
     session_id: int | None = None
     begin: bool = False
     interrupt: bool = False

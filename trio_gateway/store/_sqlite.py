@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar, TypeVarTuple
@@ -57,7 +57,11 @@ BUSY_MS: Final = 5000
 
 
 class SqliteStore:
-    """The store of one running gateway. Made by `open_store`; the contract is `Store`."""
+    """The store of one running gateway. Made by `open_store`; the contract is `Store`.
+
+    The busiest verbs hand the writer's own coroutine out instead of awaiting it in one of theirs:
+    each layer of coroutine is alive as long as its commit, thousands of times over.
+    """
 
     def __init__(self, path: Path, writer: Writer, ledger: Ledger, reader: StoreReader) -> None:
         self.path = path
@@ -108,10 +112,10 @@ class SqliteStore:
 
     # ----- inbox
 
-    async def accept(
+    def accept(
         self, arrivals: Sequence[Arrival], cursor: Cursor | None = None
-    ) -> tuple[Admitted, ...]:
-        return await self._run(self._ledger.accept, arrivals, cursor)
+    ) -> Coroutine[Any, Any, tuple[Admitted, ...]]:
+        return self._run(self._ledger.accept, arrivals, cursor)
 
     async def cursor(self, channel: str) -> str | None:
         return await self._run(self._ledger.get_cursor, channel)
@@ -121,14 +125,14 @@ class SqliteStore:
 
     # ----- turns
 
-    async def begin(self, request: Begin) -> Begun:
-        return await self._run(self._ledger.begin, request)
+    def begin(self, request: Begin) -> Coroutine[Any, Any, Begun]:
+        return self._run(self._ledger.begin, request)
 
     async def resume(self, pending: PendingTurn) -> OpenTurn | None:
         return await self._run(self._ledger.resume, pending)
 
-    async def settle(self, end: Settlement) -> Settled:
-        return await self._run_always(self._ledger.settle, end)
+    def settle(self, end: Settlement) -> Coroutine[Any, Any, Settled]:
+        return self._run_always(self._ledger.settle, end)
 
     async def end_pending(self, ends: Sequence[Settlement]) -> tuple[Settled, ...]:
         return await self._run(self._ledger.end_pending, ends)
@@ -155,20 +159,20 @@ class SqliteStore:
     async def begin_step(self, turn: int, attempt: int, name: str, effect: str) -> bool:
         return await self._run(self._ledger.begin_step, turn, attempt, name, effect)
 
-    async def remember(
+    def remember(
         self, turn: int, attempt: int, name: str, effect: str, result: str, began_at: int
-    ) -> bool:
-        return await self._run_always(
+    ) -> Coroutine[Any, Any, bool]:
+        return self._run_always(
             self._ledger.remember, turn, attempt, name, effect, result, began_at
         )
 
     async def checkpoint(self, turn: int, attempt: int, value: str) -> bool:
         return await self._run(self._ledger.checkpoint, turn, attempt, value)
 
-    async def say(
+    def say(
         self, turn: int, attempt: int, session: SessionKey, session_id: int, reply: NewReply
-    ) -> Said | None:
-        return await self._run(self._ledger.say, turn, attempt, session, session_id, reply)
+    ) -> Coroutine[Any, Any, Said | None]:
+        return self._run(self._ledger.say, turn, attempt, session, session_id, reply)
 
     async def notify(
         self, sessions: Sequence[tuple[SessionKey, int]], what: str, text: str
@@ -177,11 +181,11 @@ class SqliteStore:
 
     # ----- outbox
 
-    async def sending(self, delivery: int) -> None:
-        await self._run(self._ledger.sending, delivery)
+    def sending(self, delivery: int) -> Coroutine[Any, Any, None]:
+        return self._run(self._ledger.sending, delivery)
 
-    async def delivered(self, delivery: int, tries: int) -> None:
-        await self._run_always(self._ledger.delivered, delivery, tries)
+    def delivered(self, delivery: int, tries: int) -> Coroutine[Any, Any, None]:
+        return self._run_always(self._ledger.delivered, delivery, tries)
 
     async def delayed(
         self, delivery: int, tries: int, not_before: int, error: str, repeat: bool
@@ -241,7 +245,7 @@ async def open_store(
             db = await trio.to_thread.run_sync(connect, where, clock)
         reader = StoreReader(open_read_only(where))
         ledger = Ledger(db, clock)
-        writer = InlineWriter(db, tap) if inline else ThreadWriter(db, tap)
+        writer = InlineWriter(db, ledger.begins, tap) if inline else ThreadWriter(db, ledger.begins, tap)
         store = SqliteStore(where, writer, ledger, reader)
         try:
             yield store
@@ -332,7 +336,8 @@ def edit_store(path: str | os.PathLike[str], change: Callable[[Ledger], T]) -> T
         clock = SystemClock()
         db = connect(where, clock)
         try:
-            return InlineWriter(db).run_sync(change, Ledger(db, clock))
+            ledger = Ledger(db, clock)
+            return InlineWriter(db, ledger.begins).run_sync(change, ledger)
         finally:
             db.close()
 

@@ -97,9 +97,10 @@ def no_tap(moment: str) -> None:
 class _Transactions:
     """Runs batches over one connection."""
 
-    def __init__(self, db: apsw.Connection, tap: Tap) -> None:
+    def __init__(self, db: apsw.Connection, tap: Tap, begins: Callable[[], None]) -> None:
         self._db = db
         self._tap = tap
+        self._begins = begins
         self._wal_pages = 0
         db.set_wal_hook(self._count_pages)
 
@@ -121,6 +122,7 @@ class _Transactions:
 
     def _commit_together(self, batch: list[Operation[Any]]) -> None:
         self._db.execute("BEGIN IMMEDIATE")
+        self._begins()
         for operation in batch:
             operation.outcome = outcome.Value(operation.call(*operation.args))
         self._tap("before")
@@ -154,8 +156,8 @@ class _Transactions:
 class ThreadWriter:
     """The writer of a running gateway: group commit on a thread of its own."""
 
-    def __init__(self, db: apsw.Connection, tap: Tap = no_tap) -> None:
-        self._transactions = _Transactions(db, tap)
+    def __init__(self, db: apsw.Connection, begins: Callable[[], None], tap: Tap = no_tap) -> None:
+        self._transactions = _Transactions(db, tap, begins)
         self._queue: SimpleQueue[Operation[Any] | None] = SimpleQueue()
         self._token = trio.lowlevel.current_trio_token()
         self._closed = False
@@ -165,7 +167,9 @@ class ThreadWriter:
 
     async def run(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         await trio.lowlevel.checkpoint_if_cancelled()
-        return await self.run_always(call, *args)
+        self._hand_in(call, args)
+        result: T = await trio.lowlevel.wait_task_rescheduled(_cannot_abort)
+        return result
 
     async def run_always(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
         self._hand_in(call, args)
@@ -245,8 +249,8 @@ class InlineWriter:
     """Runs each write at once, in the loop. For tests on a virtual clock, which would run away
     while a thread works, and for tools that have nothing else to do."""
 
-    def __init__(self, db: apsw.Connection, tap: Tap = no_tap) -> None:
-        self._transactions = _Transactions(db, tap)
+    def __init__(self, db: apsw.Connection, begins: Callable[[], None], tap: Tap = no_tap) -> None:
+        self._transactions = _Transactions(db, tap, begins)
         self._closed = False
 
     async def run(self, call: Callable[[*Ts], T], *args: *Ts) -> T:

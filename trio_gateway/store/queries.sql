@@ -71,7 +71,7 @@ WHERE id = ? AND attempt = ? AND state = 'RESUME_PENDING';
 -- name: stop_turn
 -- A user stops whatever turn the session has open; nothing brings it back (promise 10).
 UPDATE turn SET state = 'STOPPED', settled_at = ?, error = ?, reason = NULL
-WHERE session = ? AND state IN ('RUNNING', 'RESUME_PENDING') RETURNING id;
+WHERE session = ? AND settled_at IS NULL RETURNING id;
 
 -- name: end_messages_of
 -- The messages that a turn consumed end with it.
@@ -92,7 +92,7 @@ SELECT state, attempt, epoch FROM turn WHERE id = ?;
 -- name: open_turn_of
 -- The open turn of a session, if any.
 SELECT id, state, attempt FROM turn
-WHERE session = ? AND state IN ('RUNNING', 'RESUME_PENDING');
+WHERE session = ? AND settled_at IS NULL;
 
 -- name: count_waiting
 -- How many messages of a session wait.
@@ -116,11 +116,11 @@ WHERE turn = ? AND state IN ('failed', 'stopped', 'quarantined', 'expired') RETU
 UPDATE message SET state = 'queued', ended_at = NULL, error = NULL WHERE seq = ? RETURNING id;
 
 -- name: mark_resume_pending
--- Every turn of this epoch that is RUNNING, whichever they are, in one statement (promise 4). The
--- IN repeats the condition of the index turn_open, so that the index serves it.
+-- Every turn of this epoch that is RUNNING, whichever they are, in one statement (promise 4).
+-- settled_at IS NULL is the condition of the index turn_open, here and below: it costs what is open.
 UPDATE turn SET state = 'RESUME_PENDING', reason = ?, marked_at = ?, marked_up = ?,
                 interruptions = interruptions + 1
-WHERE state IN ('RUNNING', 'RESUME_PENDING') AND state = 'RUNNING' AND epoch = ?;
+WHERE settled_at IS NULL AND state = 'RUNNING' AND epoch = ?;
 
 -- name: charge_crashed
 -- Boot: what is RUNNING in a dead epoch was running when its process died. Charged here, before
@@ -128,14 +128,15 @@ WHERE state IN ('RUNNING', 'RESUME_PENDING') AND state = 'RUNNING' AND epoch = ?
 UPDATE turn SET state = 'RESUME_PENDING', reason = 'crash', crashes = crashes + 1,
   marked_at = max(attempt_at, (SELECT seen_at FROM epoch WHERE epoch.id = turn.epoch)),
   marked_up = (SELECT seen_up FROM epoch WHERE epoch.id = turn.epoch)
-WHERE state IN ('RUNNING', 'RESUME_PENDING') AND state = 'RUNNING' AND epoch != ?;
+WHERE settled_at IS NULL AND state = 'RUNNING' AND epoch != ?;
 
 -- name: pending_turns
 -- Every open turn, with what a verdict needs. A turn's first message gives its place in line.
 SELECT turn.id, turn.session, session.channel, session.name, turn.attempt, turn.reason,
        turn.crashes, turn.interruptions, turn.marked_at, turn.marked_up, epoch.machine
-FROM turn JOIN session ON session.id = turn.session JOIN epoch ON epoch.id = turn.epoch
-WHERE turn.state IN ('RUNNING', 'RESUME_PENDING') AND turn.state = 'RESUME_PENDING'
+FROM turn INDEXED BY turn_open
+JOIN session ON session.id = turn.session JOIN epoch ON epoch.id = turn.epoch
+WHERE turn.settled_at IS NULL AND turn.state = 'RESUME_PENDING'
 ORDER BY turn.id;
 
 -- name: messages_of
@@ -289,8 +290,8 @@ UPDATE epoch SET seen_at = ?1, seen_up = ?2, ended_at = ?1, ending = ?3 WHERE id
 -- name: count_open
 -- All messages that have not reached an end. Costs what is open.
 SELECT (SELECT count(*) FROM message WHERE state = 'queued')
-     + (SELECT count(*) FROM turn JOIN message ON message.turn = turn.id
-        WHERE turn.state IN ('RUNNING', 'RESUME_PENDING') AND message.state = 'running');
+     + (SELECT count(*) FROM turn INDEXED BY turn_open CROSS JOIN message ON message.turn = turn.id
+        WHERE turn.settled_at IS NULL AND message.state = 'running');
 
 -- name: old_messages
 -- One bite of retention: messages in the order of acceptance.
@@ -386,7 +387,7 @@ SELECT session.channel, session.name, turn.id, turn.state, turn.attempt, turn.re
   (SELECT max(seq) FROM message WHERE message.session = session.id) AS newest,
   (SELECT accepted_at FROM message WHERE message.session = session.id ORDER BY seq DESC LIMIT 1)
 FROM session LEFT JOIN turn
-  ON turn.session = session.id AND turn.state IN ('RUNNING', 'RESUME_PENDING')
+  ON turn.session = session.id AND turn.settled_at IS NULL
 ORDER BY newest DESC LIMIT ?;
 
 -- name: sessions_named
@@ -429,7 +430,8 @@ FROM delivery WHERE turn = ? ORDER BY id;
 -- What was said to a message that no turn took (a command, an unreadable row).
 SELECT id, key, kind, part, parts, text, state, tries, error, repeat, created_at, delivered_at,
        attempt
-FROM delivery WHERE turn IS NULL AND session = (SELECT session FROM message WHERE seq = ?1)
+FROM delivery INDEXED BY delivery_loose WHERE turn IS NULL AND session = (SELECT session FROM message WHERE seq = ?1)
+  AND created_at >= (SELECT accepted_at FROM message WHERE seq = ?1)
   AND about = ?2 ORDER BY id;
 
 -- name: list_quarantined
@@ -455,21 +457,22 @@ WHERE delivery.state = 'dead' ORDER BY delivery.id;
 -- name: counts
 -- What is open, in numbers.
 SELECT
-  (SELECT count(*) FROM turn WHERE state IN ('RUNNING', 'RESUME_PENDING') AND state = 'RUNNING'),
+  (SELECT count(*) FROM turn WHERE settled_at IS NULL AND state = 'RUNNING'),
   (SELECT count(*) FROM turn
-   WHERE state IN ('RUNNING', 'RESUME_PENDING') AND state = 'RESUME_PENDING'),
+   WHERE settled_at IS NULL AND state = 'RESUME_PENDING'),
   (SELECT count(*) FROM message WHERE state = 'queued'),
   (SELECT count(*) FROM delivery WHERE state IN ('pending', 'sending')),
   (SELECT count(*) FROM delivery WHERE state = 'dead'),
-  (SELECT count(*) FROM turn JOIN message ON message.turn = turn.id
+  (SELECT count(*) FROM turn INDEXED BY turn_quarantined
+   CROSS JOIN message ON message.turn = turn.id
    WHERE turn.state = 'QUARANTINED' AND message.state = 'quarantined');
 
 -- name: open_turns
 -- Every open turn and its marker.
 SELECT turn.id, session.channel, session.name, turn.state, turn.attempt, turn.reason, turn.begun_at,
        turn.crashes, turn.interruptions
-FROM turn JOIN session ON session.id = turn.session
-WHERE turn.state IN ('RUNNING', 'RESUME_PENDING') ORDER BY turn.id;
+FROM turn INDEXED BY turn_open JOIN session ON session.id = turn.session
+WHERE turn.settled_at IS NULL ORDER BY turn.id;
 
 -- name: replies_to_turn
 -- What a settled turn said, for whoever asks again.

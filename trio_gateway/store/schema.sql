@@ -78,8 +78,10 @@ CREATE TABLE turn (
     checkpoint    TEXT,
     error         TEXT
 ) STRICT;
--- Unique: a session has at most one open turn, whatever the code above believes (promise 2).
-CREATE UNIQUE INDEX turn_open ON turn (session) WHERE state IN ('RUNNING', 'RESUME_PENDING');
+-- Unique: a session has at most one open turn, whatever the code above believes (promise 2). A turn
+-- is open until it is settled; said by settled_at and not by state, because marking changes the
+-- state of every open turn at once, and need not touch the index then.
+CREATE UNIQUE INDEX turn_open ON turn (session) WHERE settled_at IS NULL;
 CREATE INDEX turn_quarantined ON turn (id) WHERE state = 'QUARANTINED';
 
 -- The attempts of a turn that did not settle it: written when the next one begins.
