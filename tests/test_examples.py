@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -231,6 +232,14 @@ def test_custom_channel_loses_nothing_and_shows_nothing_twice(tmp_path: Path) ->
     ):
         assert line in lines
     assert lines[-1] == "4 posts arrived, 3 were shown"
+
+
+def test_crash_test_finds_the_careless_agent_out(tmp_path: Path) -> None:
+    lines = output_of([sys.executable, str(EXAMPLES / "crash_test.py")], tmp_path)
+
+    careless, careful = lines
+    assert re.fullmatch(r"careless: point=\d+ (before|after): charged 2 times", careless)
+    assert re.fullmatch(r"careful: died (\d+) times, .*; charged once each time", careful)
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
