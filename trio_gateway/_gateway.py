@@ -103,7 +103,6 @@ class Gateway:
         self._links = Links(
             channels,
             self._events,
-            settings.limits.deliveries,
             on_connect=self._on_connect,
             on_end=lambda name: self.request_stop(by=f"channel {name} has ended"),
         )
@@ -481,6 +480,7 @@ class Gateway:
             self._events,
             self._settings.delivery,
             self._clock,
+            self._settings.limits.deliveries,
             on_end=lambda name: self.request_stop(by=f"channel {name} has ended"),
             on_quiet=self._on_quiet,
         )

@@ -47,30 +47,47 @@ class Inbox:
         self, messages: Sequence[Message], cursor: Cursor | None
     ) -> tuple[Receipt, ...]:
         """Take messages in with the cursor that covers them; receipts in the same order."""
-        verdicts = [await self._look_at(message) for message in messages]
+        denied = await self._denied(messages)
         chosen: list[tuple[Session, Arrival]] = []
-        refused: dict[int, Receipt] = {}
-        for index, (message, malformed) in enumerate(zip(messages, verdicts, strict=True)):
-            refusal = malformed or self._no_room(message)
+        refused: dict[int, Refusal] = {}
+        for index, message in enumerate(messages):
+            refusal = denied.get(index) or self._refusal(message)
             if refusal is None:
                 chosen.append(self._expect(message))
             else:
-                refused[index] = await self._refuse(message, refusal)
-        admitted = iter(await self._commit(chosen, cursor))
+                refused[index] = refusal
+        admitted = await self._commit(chosen, cursor)
+        if not refused:
+            return tuple([result.receipt for result in admitted])
+        accepted = iter(admitted)
         return tuple(
-            refused[index] if index in refused else next(admitted).receipt
-            for index in range(len(messages))
+            [
+                await self._refuse(message, refused[index])
+                if index in refused
+                else next(accepted).receipt
+                for index, message in enumerate(messages)
+            ]
         )
 
     # ----- read and decide
 
-    async def _look_at(self, message: Message) -> Refusal | None:
+    async def _denied(self, messages: Sequence[Message]) -> dict[int, Refusal]:
+        """Ask the host's hook, for messages that are worth asking about."""
+        if self._authorize is None:
+            return {}
+        denied: dict[int, Refusal] = {}
+        for index, message in enumerate(messages):
+            refusal = malformed(message, self._limits)
+            if refusal is None and not await allowed(self._authorize, message):
+                refusal = Refusal("not allowed")
+            if refusal is not None:
+                denied[index] = refusal
+        return denied
+
+    def _refusal(self, message: Message) -> Refusal | None:
         if not self.open:
             return Refusal("the gateway is closing; send it again", retryable=True)
-        refusal = malformed(message, self._limits)
-        if refusal is not None or self._authorize is None:
-            return refusal
-        return None if await allowed(self._authorize, message) else Refusal("not allowed")
+        return malformed(message, self._limits) or self._no_room(message)
 
     def _no_room(self, message: Message) -> Refusal | None:
         sessions = self._desk.sessions
@@ -96,7 +113,6 @@ class Inbox:
         arrival = Arrival(
             message,
             session.key,
-            session_id=session.id,
             command=command,
             arrived=self._desk.links.is_local(message.channel),
         )
@@ -168,7 +184,8 @@ class Inbox:
         duplicate = result.receipt.status is ReceiptStatus.DUPLICATE
         if arrival.command is None and duplicate:
             sessions.opened(session, -1)
-        self._note_changes(session, result)
+        if result.changes:
+            self._note_changes(session, result)
         if result.turn is not None:
             self._turns.start(session, result.turn)
         elif arrival.begin:

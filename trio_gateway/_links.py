@@ -28,12 +28,11 @@ STEADY: Final = 60.0
 class Link:
     """One channel while the gateway runs. `connected` can be awaited."""
 
-    def __init__(self, channel: Channel, at_once: int) -> None:
+    def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.name = channel.name
         self.connected = AsyncBool(False)
         self.input_ended = AsyncBool(False)
-        self.sending = trio.Semaphore(at_once)
 
     async def wait_connected(self) -> None:
         """Wait until the channel can send."""
@@ -47,12 +46,11 @@ class Links:
         self,
         channels: Sequence[Channel],
         events: EventStream,
-        at_once: int,
         *,
         on_connect: Callable[[str], None],
         on_end: Callable[[str], None],
     ) -> None:
-        self._links: Mapping[str, Link] = _by_name(channels, at_once)
+        self._links: Mapping[str, Link] = _by_name(channels)
         self._events = events
         self._on_connect = on_connect
         self._on_end = on_end
@@ -167,7 +165,7 @@ class _Started(trio.TaskStatus[None]):
             self._connect(self._link)
 
 
-def _by_name(channels: Sequence[Channel], at_once: int) -> dict[str, Link]:
+def _by_name(channels: Sequence[Channel]) -> dict[str, Link]:
     links: dict[str, Link] = {}
     for channel in channels:
         if not is_channel_name(channel.name):
@@ -177,7 +175,7 @@ def _by_name(channels: Sequence[Channel], at_once: int) -> dict[str, Link]:
             )
         if channel.name in links:
             raise ConfigError(f"two channels are called {channel.name!r}: rename one")
-        links[channel.name] = Link(channel, at_once)
+        links[channel.name] = Link(channel)
     return links
 
 

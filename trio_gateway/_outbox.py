@@ -1,20 +1,23 @@
 """The outbox: committed replies on their way. Every text that anybody says goes through here.
 
-    settle, say, notice, command          (committed: the row is in the store)
+    settle, say, notice, command     committed: the row is in the store
               |
-           a lane per session             in order; one delivery at a time; retries wait here
+        a lane per session           in order, one delivery at a time; a retry waits here
               |
-           channel.send                   under the delivery's stable key
+        senders of the channel       as many at once as the limit allows, first come first served
               |
-           delivered | dead               committed again
+        channel.send                 under the delivery's stable key
+              |
+        the recorder                 "delivered", for all that arrived meanwhile in one write
 
-A lane is a task that lives while its session has something to deliver. One destination that has
-to wait delays nobody else.
+A lane is in memory while its session has something to deliver. A destination that has to wait
+delays nobody else: its lane waits beside, without a sender.
 """
 
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
@@ -37,10 +40,24 @@ NOTICE_TIMEOUT: Final = 2.0
 LONGEST_WAIT: Final = 86_400.0
 """Seconds that a delivery found at boot waits at the most: the wall clock may have jumped."""
 
+
 @attrs.define(eq=False)
 class _Lane:
+    """What one session has to deliver, in order."""
+
     session: SessionKey
     queue: list[Delivery] = attrs.field(factory=list[Delivery])
+
+
+@attrs.define(eq=False)
+class _Wire:
+    """The senders of one channel, and the lanes that wait for one."""
+
+    link: Link
+    at_once: int
+    ready: deque[_Lane] = attrs.field(factory=deque[_Lane])
+    idle: trio.lowlevel.ParkingLot = attrs.field(factory=trio.lowlevel.ParkingLot)
+    senders: int = 0
 
 
 class Outbox:
@@ -54,163 +71,223 @@ class Outbox:
         events: EventStream,
         rules: DeliveryRules,
         clock: Clock,
+        at_once: int,
         *,
         on_end: Callable[[str], None],
         on_quiet: Callable[[], None],
     ) -> None:
         self._store = store
-        self._links = links
         self._sessions = sessions
         self._events = events
         self._rules = rules
         self._clock = clock
         self._on_end = on_end
         self._on_quiet = on_quiet
+        self._wires = {name: _Wire(links[name], at_once) for name in links.names}
         self._lanes: dict[SessionKey, _Lane] = {}
         self._nursery: trio.Nursery | None = None
-        self._waiting: list[_Lane] = []
+        self._arrivals: list[Delivery] = []
+        self._arrived = trio.Event()
         self._emptied: trio.Event | None = None
         self.undelivered = 0
+        """Deliveries that have not arrived, or whose arrival is not recorded."""
 
     async def run(self) -> None:
-        """Deliver until cancelled."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            for lane in self._waiting:
-                nursery.start_soon(self._empty, lane)
-            self._waiting.clear()
-            await trio.sleep_forever()
+        """Deliver until cancelled. What has arrived by then is recorded all the same."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for wire in self._wires.values():
+                    for _ in range(min(len(wire.ready), wire.at_once)):
+                        self._add_sender(wire, nursery)
+                await self._record_arrivals()
+        finally:
+            self._nursery = None
+            if self._arrivals:
+                with trio.CancelScope(shield=True):
+                    await self._record(self._arrivals)
+
+    async def wait_empty(self) -> None:
+        """Wait until nothing is left to deliver, and every arrival is recorded."""
+        while self.undelivered:
+            if self._emptied is None:
+                self._emptied = trio.Event()
+            await self._emptied.wait()
 
     def put(self, deliveries: Iterable[Delivery]) -> None:
         """Send these on their way, behind what their session has waiting. They are committed."""
         for delivery in deliveries:
-            if self._links.get(delivery.session.channel) is None:
+            wire = self._wires.get(delivery.session.channel)
+            if wire is None:
                 # The host's own, for whom committed is delivered; or a channel of another time,
                 # whose replies wait in the store until a gateway has it again.
                 continue
-            self._lane(delivery.session).queue.append(delivery)
             self.undelivered += 1
-
-    def _lane(self, key: SessionKey) -> _Lane:
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = _Lane(key)
-            self._sessions.get(key).deliveries = 1
-            if self._nursery is None:
-                self._waiting.append(lane)
+            lane = self._lanes.get(delivery.session)
+            if lane is None:
+                lane = self._lanes[delivery.session] = _Lane(delivery.session)
+                self._sessions.get(delivery.session).deliveries = 1
+                lane.queue.append(delivery)
+                self._line_up(wire, lane)
             else:
-                self._nursery.start_soon(self._empty, lane)
-        return lane
+                lane.queue.append(delivery)
 
-    async def wait_empty(self) -> None:
-        """Wait until nothing is left to deliver."""
-        while self._lanes:
-            self._emptied = trio.Event()
-            await self._emptied.wait()
+    # ----- lanes and senders
 
-    async def _empty(self, lane: _Lane) -> None:
-        while lane.queue:
-            await self._deliver(lane.queue[0])
-            del lane.queue[0]
-            self.undelivered -= 1
-        del self._lanes[lane.session]
-        session = self._sessions.get(lane.session)
-        session.deliveries = 0
-        self._sessions.let_go(session)
-        if not self._lanes:
-            if self._emptied is not None:
-                self._emptied.set()
-            self._on_quiet()
+    def _line_up(self, wire: _Wire, lane: _Lane) -> None:
+        """The lane's first delivery can be sent: wake a sender, or add one."""
+        wire.ready.append(lane)
+        if wire.idle:
+            wire.idle.unpark()
+        elif self._nursery is not None and wire.senders < wire.at_once:
+            self._add_sender(wire, self._nursery)
 
-    async def _deliver(self, delivery: Delivery) -> None:
-        """Try until it has arrived, or is given up."""
-        link = self._links[delivery.session.channel]
-        next_try: Delivery | None = delivery
-        while next_try is not None:
-            await self._wait_for(link, next_try)
-            next_try = await self._try(link, next_try)
+    def _add_sender(self, wire: _Wire, nursery: trio.Nursery) -> None:
+        wire.senders += 1
+        nursery.start_soon(self._send_on, wire, name=f"sender of {wire.link.name}")
 
-    async def _wait_for(self, link: Link, delivery: Delivery) -> None:
+    async def _send_on(self, wire: _Wire) -> None:
+        """A sender: the first delivery of one lane after the other."""
+        while True:
+            if not wire.link.connected.value:
+                await wire.link.wait_connected()
+            if wire.ready:
+                await self._send_first(wire, wire.ready.popleft())
+            else:
+                await wire.idle.park()
+
+    async def _send_first(self, wire: _Wire, lane: _Lane) -> None:
+        delivery = lane.queue[0]
         if delivery.not_before is not None:
-            wait = delivery.not_before - as_datetime(self._clock.now().wall)
-            await trio.sleep(min(max(wait.total_seconds(), 0.0), LONGEST_WAIT))
-        if not link.connected.value:
-            await link.wait_connected()
-
-    async def _try(self, link: Link, delivery: Delivery) -> Delivery | None:
-        """One sending: None when it is over with, else the delivery as it is to be tried again."""
-        if not link.channel.idempotent:
-            await self._record(self._store.sending, delivery.id)
+            self._wait_until_due(wire, lane, delivery)
+            return
+        if not wire.link.channel.idempotent:
+            await self._until_written(self._store.sending, delivery.id)
         try:
-            sent = await self._send(link, delivery)
+            sent = await self._send(wire.link, delivery)
         except ChannelEnded:
-            self._on_end(link.name)
-            await trio.sleep_forever()
+            # Nobody is there any more: it stays in the store, and the gateway is asked to stop.
+            self._on_end(wire.link.name)
         except RetryLater as error:
-            return await self._again(delivery, str(error), error.after, counts=False)
+            await self._again(wire, lane, delivery, str(error), error.after, counts=False)
         except Undeliverable as error:
-            await self._bury(delivery, str(error) or "undeliverable")
-            return None
+            await self._bury(wire, lane, delivery, str(error) or "undeliverable")
         except Exception as error:
-            return await self._failed(link, delivery, repr(error))
-        if not sent:
-            return await self._failed(link, delivery, "the channel took too long")
-        await self._record(self._store.delivered, delivery.id, delivery.tries + 1)
-        if self._events.heard:
-            self._events.emit(Delivered(delivery=delivery))
-        return None
+            await self._failed(wire, lane, delivery, repr(error))
+        else:
+            if sent:
+                self._note_arrival(wire, lane, delivery)
+            else:
+                await self._failed(wire, lane, delivery, "the channel took too long")
 
     async def _send(self, link: Link, delivery: Delivery) -> bool:
-        try:
-            link.sending.acquire_nowait()
-        except trio.WouldBlock:
-            await link.sending.acquire()
         notice = delivery.kind is ReplyKind.NOTICE
-        try:
-            timeout = NOTICE_TIMEOUT if notice else self._rules.timeout
-            with trio.CancelScope(relative_deadline=timeout) as scope:
-                await link.channel.send(delivery)
-            return not scope.cancelled_caught
-        finally:
-            link.sending.release()
+        timeout = NOTICE_TIMEOUT if notice else self._rules.timeout
+        with trio.CancelScope(relative_deadline=timeout) as scope:
+            await link.channel.send(delivery)
+        return not scope.cancelled_caught
 
-    async def _failed(self, link: Link, delivery: Delivery, error: str) -> Delivery | None:
+    def _next(self, wire: _Wire, lane: _Lane) -> None:
+        """The lane's first delivery is over with: its next one can go, behind the other lanes."""
+        del lane.queue[0]
+        if lane.queue:
+            self._line_up(wire, lane)
+            return
+        del self._lanes[lane.session]
+        session = self._sessions.find(lane.session)
+        if session is not None:
+            session.deliveries = 0
+            self._sessions.let_go(session)
+
+    def _over(self, count: int) -> None:
+        """So many deliveries are done with, on disk too."""
+        self.undelivered -= count
+        if not self.undelivered:
+            if self._emptied is not None:
+                self._emptied.set()
+                self._emptied = None
+            self._on_quiet()
+
+    # ----- arrived
+
+    def _note_arrival(self, wire: _Wire, lane: _Lane, delivery: Delivery) -> None:
+        self._arrivals.append(delivery)
+        self._arrived.set()
+        self._next(wire, lane)
+
+    async def _record_arrivals(self) -> None:
+        while True:
+            await self._arrived.wait()
+            self._arrived = trio.Event()
+            if self._arrivals:
+                await self._record(self._arrivals)
+
+    async def _record(self, arrivals: list[Delivery]) -> None:
+        """Write that these have arrived; what arrives meanwhile is for the next time."""
+        self._arrivals = []
+        await self._until_written(self._store.delivered, [(d.id, d.tries + 1) for d in arrivals])
+        if self._events.heard:
+            for delivery in arrivals:
+                self._events.emit(Delivered(delivery=delivery))
+        self._over(len(arrivals))
+
+    # ----- did not arrive
+
+    async def _failed(self, wire: _Wire, lane: _Lane, delivery: Delivery, error: str) -> None:
         tries = delivery.tries + 1
-        if delivery.kind is ReplyKind.NOTICE:
-            await self._record(self._store.drop, delivery.id, error)
-            return None
         if tries >= self._rules.max_tries:
-            await self._bury(delivery, f"gave up after {tries} tries: {error}")
-            return None
+            await self._bury(wire, lane, delivery, f"gave up after {tries} tries: {error}")
+            return
         delay = retry_delay(
             tries, random.random(), first=self._rules.first_delay, cap=self._rules.max_delay
         )
-        if not link.channel.idempotent:
+        if not wire.link.channel.idempotent:
             delivery = attrs.evolve(delivery, repeat=True)
-        return await self._again(delivery, error, delay, counts=True)
+        await self._again(wire, lane, delivery, error, delay, counts=True)
 
     async def _again(
-        self, delivery: Delivery, error: str, delay: float, *, counts: bool
-    ) -> Delivery | None:
+        self, wire: _Wire, lane: _Lane, delivery: Delivery, error: str, delay: float, *, counts: bool
+    ) -> None:
         if delivery.kind is ReplyKind.NOTICE:
-            await self._record(self._store.drop, delivery.id, error)
-            return None
-        now = self._clock.now().wall
-        not_before = now + int(delay * 1_000_000)
-        tries = delivery.tries + counts
-        delivery = attrs.evolve(delivery, tries=tries, not_before=as_datetime(not_before))
-        await self._record(
-            self._store.delayed, delivery.id, tries, not_before, error, delivery.repeat
+            await self._until_written(self._store.drop, delivery.id, error)
+            self._next(wire, lane)
+            self._over(1)
+            return
+        not_before = self._clock.now().wall + int(delay * 1_000_000)
+        lane.queue[0] = delivery = attrs.evolve(
+            delivery, tries=delivery.tries + counts, not_before=as_datetime(not_before)
+        )
+        await self._until_written(
+            self._store.delayed, delivery.id, delivery.tries, not_before, error, delivery.repeat
         )
         self._events.emit(DeliveryDelayed(delivery=delivery, error=error, retry_in=delay))
+        self._wait_beside(wire, lane, delay)
+
+    def _wait_until_due(self, wire: _Wire, lane: _Lane, delivery: Delivery) -> None:
+        """Found at boot with a time before which it is not to be tried."""
+        assert delivery.not_before is not None
+        wait = (delivery.not_before - as_datetime(self._clock.now().wall)).total_seconds()
+        self._wait_beside(wire, lane, min(max(wait, 0.0), LONGEST_WAIT))
+
+    def _wait_beside(self, wire: _Wire, lane: _Lane, delay: float) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(self._come_back, wire, lane, delay)
+
+    async def _come_back(self, wire: _Wire, lane: _Lane, delay: float) -> None:
         await trio.sleep(delay)
-        return attrs.evolve(delivery, not_before=None)
+        lane.queue[0] = attrs.evolve(lane.queue[0], not_before=None)
+        self._line_up(wire, lane)
 
-    async def _bury(self, delivery: Delivery, error: str) -> None:
-        await self._record(self._store.dead, delivery.id, delivery.tries + 1, error)
-        self._events.emit(DeadLettered(delivery=delivery, error=error))
+    async def _bury(self, wire: _Wire, lane: _Lane, delivery: Delivery, error: str) -> None:
+        if delivery.kind is ReplyKind.NOTICE:
+            await self._until_written(self._store.drop, delivery.id, error)
+        else:
+            await self._until_written(self._store.dead, delivery.id, delivery.tries + 1, error)
+            self._events.emit(DeadLettered(delivery=delivery, error=error))
+        self._next(wire, lane)
+        self._over(1)
 
-    async def _record(self, call: Callable[..., Awaitable[None]], *args: object) -> None:
+    async def _until_written(self, call: Callable[..., Awaitable[None]], *args: object) -> None:
         """Write until it is written: what was sent must not be sent again for a full disk."""
         tries = 0
         while True:
@@ -224,4 +301,3 @@ class Outbox:
                 await trio.sleep(retry_delay(tries, random.random(), cap=30.0))
             else:
                 return
-

@@ -342,26 +342,19 @@ class Turns:
 
     async def _live(self, child: Running) -> None:
         try:
-            await self._live_through(child)
+            self._say_begun(child.turn)
+            child.end = end = await self._attempt(child)
+            child.handle._close()
+            settled, heir = (None, None) if end is None else await self._settle(child, end)
+            if end is None or settled is None:
+                self._say_interrupted(child)
+                self._ended(child)
+            else:
+                self._note_settled(child, end, settled)
+                self._hand_over(child, settled, heir)
         except Exception as error:
             # Not the agent's: that is caught where it is called. Ours: stop in order.
             self._desk.on_failure(error)
-
-    async def _live_through(self, child: Running) -> None:
-        self._say_begun(child.turn)
-        child.end = await self._attempt(child)
-        child.handle._close()
-        if child.end is None:
-            self._say_interrupted(child)
-            self._ended(child)
-            return
-        settled, heir = await self._settle(child, child.end)
-        if settled is None:
-            self._say_interrupted(child)
-            self._ended(child)
-        else:
-            self._note_settled(child, child.end, settled)
-            self._hand_over(child, settled, heir)
 
     async def _attempt(self, child: Running) -> Settlement | None:
         """Call the agent once: how the turn ends, or None when it was interrupted or has been
@@ -474,7 +467,8 @@ class Turns:
         desk.sessions.opened(child.session, -len(child.messages))
         desk.outbox.put(settled.deliveries)
         self._say_settled(child, end, settled)
-        desk.waiters.ended(end.session.channel, [message.id for message in child.messages])
+        if desk.waiters:
+            desk.waiters.ended(end.session.channel, [message.id for message in child.messages])
 
     def _hand_over(self, child: Running, settled: Settled, heir: Session | None) -> None:
         """Give the slot to the heir's turn, or back."""
@@ -599,6 +593,11 @@ class Turn:
     Valid while the agent's call lasts. For the async methods from a plain agent (which runs in a
     thread): `trio.from_thread.run(turn.say, "...")`.
     """
+
+    __slots__ = (
+        "__weakref__", "_checkpoint", "_child", "_closed", "_desk", "_messages", "_said",
+        "_showing", "_steps", "_traceback", "_turn",
+    )  # fmt: skip
 
     def __init__(self, desk: Desk, turn: OpenTurn) -> None:
         self._desk = desk

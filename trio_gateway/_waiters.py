@@ -23,10 +23,11 @@ class Waiters:
         """Nobody waits for this message any more."""
         self._events.pop((channel, message_id), None)
 
+    def __bool__(self) -> bool:
+        return bool(self._events)
+
     def ended(self, channel: str, message_ids: Iterable[str]) -> None:
         """Messages have reached an end."""
-        if not self._events:
-            return
         for message_id in message_ids:
             event = self._events.pop((channel, message_id), None)
             if event is not None:

@@ -157,8 +157,8 @@ class Store(Protocol):
         """Note that a delivery goes over a wire that cannot recognise a repeat."""
         ...
 
-    async def delivered(self, delivery: int, tries: int) -> None:
-        """Note that a delivery has arrived."""
+    async def delivered(self, arrivals: Sequence[tuple[int, int]]) -> None:
+        """Note that deliveries have arrived: pairs of an id and how often it was tried."""
         ...
 
     async def delayed(

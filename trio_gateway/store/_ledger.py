@@ -59,6 +59,9 @@ MESSAGE_END: Final = {
 
 COLLECT_AT_MOST: Final = 1000
 
+KNOWN_AT_MOST: Final = 10_000
+"""Sessions whose numbers are remembered; a bound on memory, nothing else."""
+
 
 def _one(rows: Iterable[tuple[Any, ...]]) -> tuple[Any, ...] | None:
     # Reads to the end, so that no cursor is left open inside the transaction.
@@ -74,6 +77,7 @@ class Ledger:
         self._run = db.execute
         self._clock = clock
         self._now = clock.now()
+        self._known: dict[SessionKey, tuple[int, int]] = {}
         self._epoch = 0
         self._store_id: str = next(iter(self._run(query("store_id"))))[0]
         newest = next(iter(self._run(query("newest_turn"))))[0]
@@ -87,6 +91,10 @@ class Ledger:
     def begins(self) -> None:
         """A transaction begins: all that happens in it happens at one instant."""
         self._now = self._clock.now()
+
+    def rolled_back(self) -> None:
+        """What was done in this transaction was not: forget what was learnt in it."""
+        self._known.clear()
 
     def _new_turn_id(self) -> int:
         # Counted here and not by the database: a transaction that rolls back leaves a gap, never
@@ -156,7 +164,7 @@ class Ledger:
 
     def _accept_one(self, arrival: Arrival, now: int) -> Admitted:
         message = arrival.message
-        session_id = arrival.session_id or self._session_id(arrival.key)
+        session_id, conversation = self._session(arrival.key)
         turn_id = self._new_turn_id() if arrival.begin else None
         state = "answered" if arrival.command else "running" if turn_id else "queued"
         self._run(
@@ -165,6 +173,7 @@ class Ledger:
                 message.channel,
                 message.id,
                 session_id,
+                conversation,
                 state,
                 turn_id,
                 dump_body(message),
@@ -178,7 +187,7 @@ class Ledger:
         if arrival.command:
             return self._obey(arrival, arrival.command, receipt, session_id, now)
         if turn_id:
-            self._run(query("add_turn"), (turn_id, session_id, self._epoch, now, None))
+            self._run(query("add_turn"), (turn_id, session_id, conversation, self._epoch, now, None))
             turn = OpenTurn(
                 id=turn_id, session=arrival.key, session_id=session_id, attempt=1, messages=(message,)
             )
@@ -187,12 +196,19 @@ class Ledger:
             return Admitted(receipt, session_id, stopped=stopped[0], queued=1 + stopped[1])
         return Admitted(receipt, session_id, queued=1)
 
-    def _session_id(self, key: SessionKey) -> int:
+    def _session(self, key: SessionKey) -> tuple[int, int]:
+        """A session's number and conversation; it is made if it was never seen."""
+        known = self._known.get(key)
+        if known is not None:
+            return known
         row = _one(self._run(query("session_id"), (key.channel, key.name)))
-        if row is not None:
-            return int(row[0])
-        self._run(query("add_session"), (key.channel, key.name))
-        return self._db.last_insert_rowid()
+        if row is None:
+            self._run(query("add_session"), (key.channel, key.name))
+            row = (self._db.last_insert_rowid(), 0)
+        if len(self._known) >= KNOWN_AT_MOST:
+            self._known.clear()
+        self._known[key] = found = (int(row[0]), int(row[1]))
+        return found
 
     def _replace(self, session_id: int, now: int) -> tuple[int, int] | None:
         """Stop the open turn of a session for a newer message: (the turn, how many wait again)."""
@@ -233,6 +249,7 @@ class Ledger:
             return self._retry_last(admitted)
         if command is Command.NEW:
             self._run(query("new_conversation"), (admitted.session_id,))
+            self._known.clear()
             return _policy.NEW_TEXT
         if command is Command.STATUS:
             return self._status(admitted.session_id)
@@ -294,21 +311,29 @@ class Ledger:
         unreadable: list[Unreadable] = []
         while rows := list(self._run(query("waiting_messages"), (request.session_id, limit))):
             good: list[tuple[int, Message]] = []
-            for seq, message_id, body, _ in rows:
+            for seq, message_id, body, _, _ in rows:
                 try:
                     good.append((seq, load_message(request.session, message_id, body)))
                 except BadRow as bad:
                     unreadable.append(self._give_up(request, seq, message_id, str(bad), now))
             if good:
-                turn = self._begin_with(request, good, rows[0][3], now)
+                turn = self._begin_with(request, good, rows[0][3], rows[0][4], now)
                 return Begun(turn, tuple(unreadable))
         return Begun(None, tuple(unreadable))
 
     def _begin_with(
-        self, request: Begin, taken: list[tuple[int, Message]], retry_of: int | None, now: int
+        self,
+        request: Begin,
+        taken: list[tuple[int, Message]],
+        retry_of: int | None,
+        conversation: int,
+        now: int,
     ) -> OpenTurn:
         turn_id = self._new_turn_id()
-        self._run(query("add_turn"), (turn_id, request.session_id, self._epoch, now, retry_of))
+        self._run(
+            query("add_turn"),
+            (turn_id, request.session_id, conversation, self._epoch, now, retry_of),
+        )
         for seq, _ in taken:
             self._run(query("take_message"), (turn_id, seq))
         turn = OpenTurn(
@@ -455,7 +480,7 @@ class Ledger:
             return None
         now = self._now.wall
         while row := _one(self._run(query("waiting_messages"), (request.session_id, 1))):
-            seq, message_id, body, _ = row
+            seq, message_id, body, _, _ = row
             try:
                 message = load_message(request.session, message_id, body)
             except BadRow as bad:
@@ -590,9 +615,12 @@ class Ledger:
         """Note that a delivery is about to go over a wire that cannot recognise a repeat."""
         self._run(query("delivery_sending"), (delivery,))
 
-    def delivered(self, delivery: int, tries: int) -> None:
-        """The platform has it."""
-        self._run(query("delivery_arrived"), (self._now.wall, tries, delivery))
+    def delivered(self, arrivals: Sequence[tuple[int, int]]) -> None:
+        """The platform has these: pairs of a delivery and how often it was tried."""
+        now = self._now.wall
+        self._db.executemany(
+            query("delivery_arrived"), ((now, tries, delivery) for delivery, tries in arrivals)
+        )
 
     def delayed(
         self, delivery: int, tries: int, not_before: int, error: str, repeat: bool

@@ -97,7 +97,6 @@ class Arrival:
 
     message: Message
     key: SessionKey
-    session_id: int | None = None
     begin: bool = False
     interrupt: bool = False
     command: Command | None = None
@@ -121,6 +120,11 @@ class Admitted:
     queued: int = 0
     reopened: int = 0
     resolved: tuple[str, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether it changed anything but its own message and turn."""
+        return bool(self.queued or self.deliveries or self.resolved or self.stopped is not None)
 
 
 @attrs.define

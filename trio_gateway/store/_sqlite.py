@@ -184,8 +184,8 @@ class SqliteStore:
     def sending(self, delivery: int) -> Coroutine[Any, Any, None]:
         return self._run(self._ledger.sending, delivery)
 
-    def delivered(self, delivery: int, tries: int) -> Coroutine[Any, Any, None]:
-        return self._run_always(self._ledger.delivered, delivery, tries)
+    def delivered(self, arrivals: Sequence[tuple[int, int]]) -> Coroutine[Any, Any, None]:
+        return self._run_always(self._ledger.delivered, arrivals)
 
     async def delayed(
         self, delivery: int, tries: int, not_before: int, error: str, repeat: bool
@@ -245,7 +245,7 @@ async def open_store(
             db = await trio.to_thread.run_sync(connect, where, clock)
         reader = StoreReader(open_read_only(where))
         ledger = Ledger(db, clock)
-        writer = InlineWriter(db, ledger.begins, tap) if inline else ThreadWriter(db, ledger.begins, tap)
+        writer = InlineWriter(db, ledger, tap) if inline else ThreadWriter(db, ledger, tap)
         store = SqliteStore(where, writer, ledger, reader)
         try:
             yield store
@@ -337,7 +337,7 @@ def edit_store(path: str | os.PathLike[str], change: Callable[[Ledger], T]) -> T
         db = connect(where, clock)
         try:
             ledger = Ledger(db, clock)
-            return InlineWriter(db, ledger.begins).run_sync(change, ledger)
+            return InlineWriter(db, ledger).run_sync(change, ledger)
         finally:
             db.close()
 

@@ -47,6 +47,18 @@ Tap = Callable[[str], None]
 """Called with "before" and "after" around every commit; what it raises, the commit raises."""
 
 
+class Book(Protocol):
+    """Whose methods are run as operations: told where transactions begin and which came to nothing."""
+
+    def begins(self) -> None:
+        """A transaction begins."""
+        ...
+
+    def rolled_back(self) -> None:
+        """It was rolled back."""
+        ...
+
+
 class Operation(Generic[T]):
     """One write on its way: a callable, who waits for it, and in the end its outcome."""
 
@@ -97,10 +109,10 @@ def no_tap(moment: str) -> None:
 class _Transactions:
     """Runs batches over one connection."""
 
-    def __init__(self, db: apsw.Connection, tap: Tap, begins: Callable[[], None]) -> None:
+    def __init__(self, db: apsw.Connection, tap: Tap, book: Book) -> None:
         self._db = db
         self._tap = tap
-        self._begins = begins
+        self._book = book
         self._wal_pages = 0
         db.set_wal_hook(self._count_pages)
 
@@ -122,7 +134,7 @@ class _Transactions:
 
     def _commit_together(self, batch: list[Operation[Any]]) -> None:
         self._db.execute("BEGIN IMMEDIATE")
-        self._begins()
+        self._book.begins()
         for operation in batch:
             operation.outcome = outcome.Value(operation.call(*operation.args))
         self._tap("before")
@@ -130,6 +142,7 @@ class _Transactions:
         self._tap("after")
 
     def _roll_back(self) -> None:
+        self._book.rolled_back()
         if self._db.in_transaction:
             try:
                 self._db.execute("ROLLBACK")
@@ -156,8 +169,8 @@ class _Transactions:
 class ThreadWriter:
     """The writer of a running gateway: group commit on a thread of its own."""
 
-    def __init__(self, db: apsw.Connection, begins: Callable[[], None], tap: Tap = no_tap) -> None:
-        self._transactions = _Transactions(db, tap, begins)
+    def __init__(self, db: apsw.Connection, book: Book, tap: Tap = no_tap) -> None:
+        self._transactions = _Transactions(db, tap, book)
         self._queue: SimpleQueue[Operation[Any] | None] = SimpleQueue()
         self._token = trio.lowlevel.current_trio_token()
         self._closed = False
@@ -249,8 +262,8 @@ class InlineWriter:
     """Runs each write at once, in the loop. For tests on a virtual clock, which would run away
     while a thread works, and for tools that have nothing else to do."""
 
-    def __init__(self, db: apsw.Connection, begins: Callable[[], None], tap: Tap = no_tap) -> None:
-        self._transactions = _Transactions(db, tap, begins)
+    def __init__(self, db: apsw.Connection, book: Book, tap: Tap = no_tap) -> None:
+        self._transactions = _Transactions(db, tap, book)
         self._closed = False
 
     async def run(self, call: Callable[[*Ts], T], *args: *Ts) -> T:

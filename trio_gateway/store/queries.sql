@@ -14,8 +14,8 @@ SELECT coalesce(max(id), 0) FROM turn;
 SELECT error FROM turn WHERE id = ?;
 
 -- name: session_id
--- The number of a session, if it was ever seen.
-SELECT id FROM session WHERE channel = ? AND name = ?;
+-- The number of a session and its conversation, if it was ever seen.
+SELECT id, conversation FROM session WHERE channel = ? AND name = ?;
 
 -- name: add_session
 -- A session is seen for the first time.
@@ -37,18 +37,17 @@ SELECT value FROM cursor WHERE channel = ?;
 -- name: add_message
 -- Insert if absent; a second arrival of the same id changes nothing (promise 1).
 INSERT INTO message (channel, id, session, conversation, state, turn, body, accepted_at, ended_at)
-SELECT ?1, ?2, ?3, session.conversation, ?4, ?5, ?6, ?7, ?8 FROM session WHERE session.id = ?3
-ON CONFLICT (channel, id) DO NOTHING;
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (channel, id) DO NOTHING;
 
 -- name: add_turn
 -- Begin: the marker RUNNING, before any of the agent's code runs (promise 3).
 INSERT INTO turn (id, session, conversation, state, epoch, begun_at, attempt_at, retry_of)
-SELECT ?1, session.id, session.conversation, 'RUNNING', ?3, ?4, ?4, ?5
-FROM session WHERE session.id = ?2;
+VALUES (?1, ?2, ?3, 'RUNNING', ?4, ?5, ?5, ?6);
 
 -- name: waiting_messages
 -- What a session has waiting, in the order of acceptance.
-SELECT seq, id, body, turn FROM message WHERE session = ? AND state = 'queued' ORDER BY seq LIMIT ?;
+SELECT seq, id, body, turn, conversation FROM message
+WHERE session = ? AND state = 'queued' ORDER BY seq LIMIT ?;
 
 -- name: take_message
 -- A turn takes a waiting message.
