@@ -17,6 +17,7 @@ from typing import Any
 import trio
 
 from trio_gateway import Settings
+from trio_gateway._collector import calm_collector
 
 from . import _floor, _gateway, _stores
 
@@ -103,6 +104,7 @@ def in_process(name: str, *args: float) -> float:
 def here(name: str, args: Sequence[float]) -> float:
     """Run one measurement on a new store."""
     folder = Path(tempfile.mkdtemp(prefix="trio-gateway-bench-"))
+    calm_collector()  # as the host command does; the floor has it too
     try:
         return MEASUREMENTS[name](folder / "bench.db", *args)
     finally:

@@ -1,7 +1,8 @@
 """The floor: a bare Trio program that makes the commits that a turn needs, and nothing else.
 
-Four group-committed writes per turn (accept, begin, settle, delivered) over one writer thread, with
-the gateway's own pragmas. No children, no scopes, no sessions, no events, no rules.
+Four group-committed writes per turn (accept, begin, settle, delivered) over one writer thread, into
+the gateway's own schema, with its pragmas: the same rows, the same indexes, the same fsyncs. No
+children, no scopes, no sessions, no reading, no rules, nothing checked.
 """
 
 from __future__ import annotations
@@ -15,11 +16,26 @@ from typing import Any
 import apsw
 import trio
 
-SCHEMA = """
-CREATE TABLE message (seq INTEGER PRIMARY KEY, session INTEGER, id TEXT UNIQUE, text TEXT, state TEXT);
-CREATE TABLE turn (id INTEGER PRIMARY KEY, session INTEGER, state TEXT);
-CREATE TABLE delivery (id INTEGER PRIMARY KEY, turn INTEGER, text TEXT, state TEXT);
-"""
+from trio_gateway.store._sql import read_sql
+
+ACCEPT = (
+    "INSERT INTO message (channel, id, session, conversation, state, body, accepted_at)"
+    " VALUES ('wire', ?, ?, 0, 'queued', ?, 0)"
+)
+BEGIN = (
+    "INSERT INTO turn (id, session, conversation, state, epoch, begun_at, attempt_at)"
+    " VALUES (?, ?, 0, 'RUNNING', 1, 0, 0)"
+)
+TAKE = "UPDATE message SET state = 'running', turn = ? WHERE channel = 'wire' AND id = ?"
+SETTLE = "UPDATE turn SET state = 'COMPLETED', settled_at = 0 WHERE id = ?"
+CONSUME = "UPDATE message SET state = 'answered', ended_at = 0 WHERE turn = ?"
+REPLY = (
+    "INSERT INTO delivery (id, key, session, turn, n, part, parts, kind, about, text, attempt,"
+    " final, state, epoch, created_at)"
+    " VALUES (?, ?, ?, ?, 0, 1, 1, 'answer', ?, 'ok', 1, 1, 'pending', 1, 0)"
+)
+DELIVERED = "UPDATE delivery SET state = 'delivered', delivered_at = 0 WHERE id = ?"
+SESSION = "INSERT INTO session (id, channel, name) VALUES (?, 'wire', ?)"
 
 
 def connect(path: Path) -> apsw.Connection:
@@ -83,22 +99,23 @@ def _wake(tasks: list[trio.lowlevel.Task]) -> None:
 async def turns_per_second(path: Path, sessions: int, turns_each: int) -> float:
     """Turns per second of the floor, with each session one turn after the other."""
     db = connect(path)
-    db.execute(SCHEMA)
+    db.execute(read_sql("schema.sql"))
+    with db:
+        db.executemany(SESSION, ((number, f"s{number}") for number in range(sessions)))
     writer = Writer(db)
 
     async def session(number: int) -> None:
         for n in range(turns_each):
             turn = number * turns_each + n
+            name = f"{number}-{n}"
+            await writer.write((ACCEPT, (name, number, '{"text":"hello","sender":null}')))
+            await writer.write((BEGIN, (turn, number)), (TAKE, (turn, name)))
             await writer.write(
-                ("INSERT INTO message (session, id, text, state) VALUES (?, ?, ?, 'queued')",
-                 (number, f"{number}-{n}", "hello")))  # fmt: skip
-            await writer.write(
-                ("INSERT INTO turn (id, session, state) VALUES (?, ?, 'RUNNING')", (turn, number)))
-            await writer.write(
-                ("UPDATE turn SET state = 'COMPLETED' WHERE id = ?", (turn,)),
-                ("INSERT INTO delivery (id, turn, text, state) VALUES (?, ?, 'ok', 'pending')",
-                 (turn, turn)))  # fmt: skip
-            await writer.write(("UPDATE delivery SET state = 'delivered' WHERE id = ?", (turn,)))
+                (SETTLE, (turn,)),
+                (CONSUME, (turn,)),
+                (REPLY, (turn, f"floor-{turn}-end", number, turn, f'["{name}"]')),
+            )
+            await writer.write((DELIVERED, (turn,)))
 
     began = perf_counter()
     async with trio.open_nursery() as nursery:
