@@ -578,7 +578,8 @@ class _House:
         self._sessions.shut_door()
 
     def open_turns(self) -> frozenset[int]:
-        return frozenset(child.turn.id for child in self._turns.running())
+        # A child whose end the account has written only waits for its next try.
+        return frozenset(child.turn.id for child in self._turns.running() if not child.settled)
 
     def say(self, event: Event) -> None:
         self._events.emit(event)

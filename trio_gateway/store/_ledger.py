@@ -59,6 +59,10 @@ MESSAGE_END: Final = {
 
 COLLECT_AT_MOST: Final = 1000
 
+SEEN_EVERY: Final = 1_000_000
+"""Microseconds for which an epoch counts as seen: a turn that begins later notes it again, so that
+a crash which cuts it is not dated from before it began."""
+
 KNOWN_AT_MOST: Final = 10_000
 """Sessions whose numbers are remembered; a bound on memory, nothing else."""
 
@@ -79,6 +83,7 @@ class Ledger:
         self._now = clock.now()
         self._known: dict[SessionKey, tuple[int, int]] = {}
         self._epoch = 0
+        self._seen_up = -SEEN_EVERY
         self._store_id: str = next(iter(self._run(query("store_id"))))[0]
         newest = next(iter(self._run(query("newest_turn"))))[0]
         self._last_turn: int = newest
@@ -95,6 +100,7 @@ class Ledger:
     def rolled_back(self) -> None:
         """What was done in this transaction was not: forget what was learnt in it."""
         self._known.clear()
+        self._seen_up = -SEEN_EVERY
 
     def _new_turn_id(self) -> int:
         # Counted here and not by the database: a transaction that rolls back leaves a gap, never
@@ -146,6 +152,12 @@ class Ledger:
         """Note that this process lives."""
         now = self._now
         self._run(query("touch_epoch"), (now.wall, now.up, self._epoch))
+        self._seen_up = now.up
+
+    def _be_seen(self) -> None:
+        """An attempt begins: note that the process lives, unless that was noted a moment ago."""
+        if not 0 <= self._now.up - self._seen_up < SEEN_EVERY:
+            self.touch()
 
     def end_epoch(self, ending: str) -> None:
         """Note that this process leaves in order."""
@@ -187,6 +199,7 @@ class Ledger:
         if arrival.command:
             return self._obey(arrival, arrival.command, receipt, session_id, now)
         if turn_id:
+            self._be_seen()
             self._run(query("add_turn"), (turn_id, session_id, conversation, self._epoch, now, None))
             turn = OpenTurn(
                 id=turn_id, session=arrival.key, session_id=session_id, attempt=1, messages=(message,)
@@ -330,6 +343,7 @@ class Ledger:
         now: int,
     ) -> OpenTurn:
         turn_id = self._new_turn_id()
+        self._be_seen()
         self._run(
             query("add_turn"),
             (turn_id, request.session_id, conversation, self._epoch, now, retry_of),
@@ -377,6 +391,7 @@ class Ledger:
         """
         messages = self.messages_of(pending)
         key = (pending.id, pending.marker.attempt)
+        self._be_seen()
         self._run(query("keep_attempt"), key)
         self._run(query("resume_turn"), (self._epoch, self._now.wall, *key))
         if not self._db.changes():
