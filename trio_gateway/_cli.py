@@ -70,6 +70,8 @@ def _guarded(command: Callable[[], int]) -> int:
 
 def _complain(text: str) -> None:
     """One line each on standard error; nothing in it that a terminal obeys."""
+    if sys.stderr is None:  # closed by whoever started us; print would take standard output
+        return
     with suppress(OSError, ValueError):
         for line in text.splitlines():
             print(f"trio-gateway: {escape(line)}", file=sys.stderr)  # noqa: T201

@@ -10,15 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Final, TypeVar
 
+import apsw
 from cyclopts import App, CycloptsError, Parameter
 
 from . import _views
 from ._cli import EXIT_CONFIG, UsageError
 from ._config import DEFAULT, Config, Given, LogLevel, load_config, parse_duration
-from ._errors import ConfigError, NotFound
+from ._errors import ConfigError, NotFound, StoreError
 from ._signals import SignalDesk
 from .channels import Channel
 from .store import DeadLetter, Ledger, QuarantineRow, StoreReader, edit_store, read_store
+from .store._writer import translate
 
 T = TypeVar("T")
 
@@ -69,14 +71,17 @@ def call(words: Sequence[str], signals: SignalDesk | None) -> int:
 
 
 def _store_path(store: Path | None, config: Path | None) -> Path:
-    return store or load_config(config, os.environ).sections.store.path
+    return (store or load_config(config, os.environ).sections.store.path).absolute()
 
 
 @contextmanager
 def _reading(store: Path | None, config: Path | None) -> Generator[StoreReader]:
-    reader = read_store(_store_path(store, config))
+    path = _store_path(store, config)
+    reader = read_store(path)
     try:
         yield reader
+    except apsw.Error as error:
+        raise StoreError(f"{path}: {translate(error)}; see trio-gateway doctor") from error
     finally:
         reader.close()
 
@@ -99,6 +104,10 @@ def run(
     signals: Annotated[SignalDesk, Parameter(parse=False)],
 ) -> int:
     """Host an agent, in this terminal or for another program.
+
+    Stop it with Ctrl-C or SIGTERM: open turns may finish, and what does not is resumed at the next
+    start. Exit codes: 0 stopped in order, 1 failed, 75 start it again, 78 cannot be used as it is
+    configured.
 
     Parameters
     ----------
