@@ -320,9 +320,8 @@ class Ledger:
     def begin(self, request: Begin) -> Begun:
         """Begin the next turn of a session with the message that waits longest (or all of them)."""
         now = self._now.wall
-        limit = COLLECT_AT_MOST if request.collect else 1
         unreadable: list[Unreadable] = []
-        while rows := list(self._run(query("waiting_messages"), (request.session_id, limit))):
+        while rows := self._waiting(request):
             good: list[tuple[int, Message]] = []
             for seq, message_id, body, _, _ in rows:
                 try:
@@ -333,6 +332,16 @@ class Ledger:
                 turn = self._begin_with(request, good, rows[0][3], rows[0][4], now)
                 return Begun(turn, tuple(unreadable))
         return Begun(None, tuple(unreadable))
+
+    def _waiting(self, request: Begin) -> list[tuple[Any, ...]]:
+        """What the next turn takes. All that waits, too, where a turn was stopped for a newer
+        message: that is on disk, so the next one gets both also after a crash in between."""
+        limit = COLLECT_AT_MOST if request.collect else 1
+        rows = list(self._run(query("waiting_messages"), (request.session_id, limit)))
+        if limit == 1 and rows and rows[0][3] is not None and self._was_replaced(rows[0][3]):
+            limit = COLLECT_AT_MOST
+            rows = list(self._run(query("waiting_messages"), (request.session_id, limit)))
+        return rows
 
     def _begin_with(
         self,
