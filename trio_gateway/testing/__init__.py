@@ -2,6 +2,7 @@
 store.
 
     kill_my_agent_anywhere   runs a scenario, dying before and after each of its commits
+    live                     runs one life of a scenario, in a process of its own
     CrashPoints              dies at one commit of a store
     World                    what outlives the process: the store, and what the world outside got
     MemoryChannel            a platform in memory: hand in messages, look at what was delivered
@@ -19,8 +20,11 @@ from ._crash import (
     CrashPoints,
     CrashReport,
     Life,
+    LifeFailed,
+    die,
     every_crash_point,
     kill_my_agent_anywhere,
+    live,
 )
 from ._invariants import check_invariants, violations
 from ._memory import MemoryChannel
@@ -35,12 +39,15 @@ __all__ = [
     "CrashReport",
     "GatewayOpener",
     "Life",
+    "LifeFailed",
     "MemoryChannel",
     "SurvivingChannel",
     "VirtualClock",
     "World",
     "check_invariants",
+    "die",
     "every_crash_point",
     "kill_my_agent_anywhere",
+    "live",
     "violations",
 ]

@@ -46,6 +46,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal, NoReturn, cast
@@ -198,6 +199,53 @@ def _memory() -> str | None:
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
+def live(
+    scenario: Scenario,
+    world: World,
+    *,
+    point: CrashPoint | str | None = None,
+    number: int = 1,
+    virtual_time: bool = False,
+    timeout: float = 60.0,
+) -> bool:
+    """Run one life of `scenario` in a forked child; True if it was killed, False if it ended.
+
+    It dies at `point`, or wherever the scenario itself calls `die()`. Raises `LifeFailed` when it
+    raised, was ended by another signal, or was not over after `timeout` seconds. See
+    `kill_my_agent_anywhere` for the other arguments.
+    """
+    if isinstance(point, str):
+        point = CrashPoint.parse(point)
+    body = partial(_live, scenario, world, number, point, virtual_time)
+    code = _in_child(body, timeout, world.folder)
+    if code == -signal.SIGALRM:
+        raise LifeFailed(f"life {number} was not over after {timeout:g} s")
+    if code > 0:
+        raise LifeFailed(f"life {number} failed\n{(world.folder / FAILURE).read_text('utf-8')}")
+    if code not in (0, -signal.SIGKILL):
+        raise LifeFailed(f"life {number} was ended by {signal.Signals(-code).name}")
+    return code != 0
+
+
+class LifeFailed(AssertionError):
+    """A life of a scenario did not end well, and not by a death that was meant."""
+
+
+def _live(
+    scenario: Scenario, world: World, number: int, point: CrashPoint | None, virtual_time: bool
+) -> None:
+    """In the child: the whole life."""
+    opener = GatewayOpener(
+        store=world.store,
+        clock=VirtualClock() if virtual_time else None,
+        inline_store=virtual_time,
+        tap=CrashPoints(point),
+    )
+    life = Life(world=world, number=number, open_gateway=opener)
+    clock = trio.testing.MockClock(autojump_threshold=0) if virtual_time else None
+    trio.run(scenario, life, clock=clock)
+
+
 Death = tuple[CrashPoint, ...]
 """Where the first life died, the second, and so on."""
 
@@ -232,7 +280,7 @@ class _Campaign:
         )
 
     def _explore(self, world: World, before: Death, deaths: int) -> None:
-        """Go on from `world`: to the end, and dying everywhere, `deaths` times one after the other."""
+        """Go on from `world`: to the end, and dying everywhere, `deaths` times in a row."""
         self._finish(self._copy(world), before)
         points = every_crash_point() if deaths else ()
         for point in points:
@@ -259,51 +307,44 @@ class _Campaign:
 
     def _dies(self, world: World, death: Death) -> bool:
         """Live until the last point of `death`; False if it is not reached."""
-        if self._live(world, death, death[-1]) == 0:
+        if not self._live(world, death, death[-1]):
             return False
         self.deaths += 1
         if self.after_death is not None:
-            self.after_death(world)
+            with _blaming(death):
+                self.after_death(world)
         return True
 
     def _finish(self, world: World, death: Death) -> None:
         """Live to the end, then look at the world."""
-        self._live(world, death, None)
-        try:
+        if self._live(world, death, None):
+            raise CrashFailure(_named(death), "the last life was killed")
+        with _blaming(death):
             check_invariants(world.store)
             self.check(world)
-        except Exception as error:
-            raise CrashFailure(_named(death), f"{error}") from error
 
-    def _live(self, world: World, death: Death, point: CrashPoint | None) -> int:
-        number = len(death) + (point is None)
+    def _live(self, world: World, death: Death, point: CrashPoint | None) -> bool:
         self.lives += 1
-        code = _in_child(partial(self._life, world, number, point), self.timeout, world.folder)
-        if code == 0 or (code == -signal.SIGKILL and point is not None):
-            return code
-        raise CrashFailure(_named(death), f"life {number} {self._how(code, world)}")
+        number = len(death) + (point is None)
+        scenario = self.scenario if number == 1 else self.recover
+        with _blaming(death):
+            return live(
+                scenario,
+                world,
+                point=point,
+                number=number,
+                virtual_time=self.virtual_time,
+                timeout=self.timeout,
+            )
 
-    def _how(self, code: int, world: World) -> str:
-        if code == -signal.SIGALRM:
-            return f"was not over after {self.timeout:g} s"
-        if code < 0:
-            return f"was ended by {signal.Signals(-code).name}"
-        return f"failed\n{(world.folder / FAILURE).read_text('utf-8')}"
 
-    def _life(self, world: World, number: int, point: CrashPoint | None) -> None:
-        """In the child: the whole life."""
-        life = Life(
-            world=world,
-            number=number,
-            open_gateway=GatewayOpener(
-                store=world.store,
-                clock=VirtualClock() if self.virtual_time else None,
-                inline_store=self.virtual_time,
-                tap=CrashPoints(point),
-            ),
-        )
-        clock = trio.testing.MockClock(autojump_threshold=0) if self.virtual_time else None
-        trio.run(self.scenario if number == 1 else self.recover, life, clock=clock)
+@contextmanager
+def _blaming(death: Death) -> Iterator[None]:
+    """Say where the process died that led to a failure."""
+    try:
+        yield
+    except Exception as error:
+        raise CrashFailure(_named(death), str(error)) from error
 
 
 FAILURE: Final = "failure.txt"
