@@ -19,7 +19,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from signal import SIGTERM, Signals
@@ -207,7 +207,7 @@ def launch(
     env: Mapping[str, str] = os.environ,
     ready: bool = True,
     stderr: int | None = None,
-) -> Iterator[GatewayProcess]:
+) -> Generator[GatewayProcess]:
     """A gateway that hosts `agent`, the source of a module that defines `agent`, on the store in
     the directory `where`. `ready`: wait until it has recovered and serves. `stderr`: a descriptor
     for its standard error, which otherwise goes to a file."""

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -110,24 +110,22 @@ def message(n: int, **fields: Any) -> dict[str, Any]:
 
 
 def delivery(text: str = "hello", **fields: Any) -> Delivery:
-    return Delivery(
-        **{
-            "id": 1,
-            "session": SessionKey("jsonl", "a"),
-            "key": "k1",
-            "text": text,
-            "in_reply_to": ("m1",),
-            "attempt": 1,
-            "final": True,
-            "repeat": False,
-            "kind": ReplyKind.ANSWER,
-        }
-        | fields
+    made = Delivery(
+        id=1,
+        session=SessionKey("jsonl", "a"),
+        key="k1",
+        text=text,
+        in_reply_to=("m1",),
+        attempt=1,
+        final=True,
+        repeat=False,
+        kind=ReplyKind.ANSWER,
     )
+    return attrs.evolve(made, **fields)
 
 
 @contextmanager
-def piped() -> Iterator[Ends]:
+def piped() -> Generator[Ends]:
     """A channel over two pipes. `into` may be closed by the test, to end the input."""
     read_in, write_in = os.pipe()
     read_out, write_out = os.pipe()

@@ -358,10 +358,13 @@ class _Output:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._gone = False
+        # Where somebody talks to the gateway, a prompt may stand there: on a row of its own.
+        prompts = os.isatty(fd) and os.environ.get("TERM", "dumb") != "dumb"
+        self._clear = "\r\x1b[J" if prompts else ""
 
     def write(self, text: str) -> None:
         """Write all of it; wait for room; do nothing once nobody can read it any more."""
-        data = memoryview(text.encode("utf-8", "backslashreplace"))
+        data = memoryview((self._clear + text).encode("utf-8", "backslashreplace"))
         while data and not self._gone:
             data = data[self._write_some(data) :]
 

@@ -41,9 +41,7 @@ class Channel(ABC):
     notices: bool = True
 
     @abstractmethod
-    async def serve(
-        self, intake: Intake, *, task_status: trio.TaskStatus[None]
-    ) -> None:
+    async def serve(self, intake: Intake, *, task_status: trio.TaskStatus[None]) -> None:
         """Connect, report `task_status.started()`, and hand in messages until cancelled."""
 
     @abstractmethod
