@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol, cast
 
 import trio
 
+from ._collector import calm_collector
 from ._errors import AgentNotUsable, ConfigError, GatewayError
 from ._events import DrainReport, Event, MarkingFailed, StopRequested, TurnsMarked
 from ._gateway import Gateway, open_gateway
@@ -69,6 +70,7 @@ def host(
     end is gone. Does not return when turns do not end although they were cancelled, or when the
     stop's budget is over: then the process leaves from here, with true markers.
     """
+    calm_collector()
     signals.use_plan(plan_stop(settings.grace, settings.budget))
     house = _House(agent, store, channels, settings, log, signals)
     try:
