@@ -456,7 +456,8 @@ class Gateway:
             self._events.emit(StoreTrouble(operation=what, error=str(error)))
 
     def _ask_restart(self, child: Running) -> None:
-        self._services.start_soon(self._guard, self._restart_after, child)
+        if not self._stop_requested.is_set():
+            self._services.start_soon(self._guard, self._restart_after, child)
 
     async def _restart_after(self, child: Running) -> None:
         """Let the turn that asked settle first (promise 13); not for longer than a window."""
@@ -580,6 +581,9 @@ class _House:
     def open_turns(self) -> frozenset[int]:
         # A child whose end the account has written only waits for its next try.
         return frozenset(child.turn.id for child in self._turns.running() if not child.settled)
+
+    def children(self) -> frozenset[int]:
+        return frozenset(child.turn.id for child in self._turns.running())
 
     def say(self, event: Event) -> None:
         self._events.emit(event)

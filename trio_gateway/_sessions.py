@@ -27,6 +27,7 @@ class Session:
     `open` counts messages that have not reached an end, those on their way into the store
     included; `queued` those in the store that no turn has taken. `busy`: a turn is open, or
     about to be. `accepting` counts commits on their way. `collect`: the next turn takes all.
+    `misses`: begins in a row that found no mail.
     """
 
     key: SessionKey
@@ -37,6 +38,7 @@ class Session:
     busy: bool = False
     in_line: bool = False
     collect: bool = False
+    misses: int = 0
     deliveries: int = 0
     mail: trio.Event | None = None
 

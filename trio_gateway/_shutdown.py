@@ -37,7 +37,11 @@ class House(Protocol):
         ...
 
     def open_turns(self) -> frozenset[int]:
-        """The turns whose children have not ended."""
+        """The turns that have a child here and are not settled."""
+        ...
+
+    def children(self) -> frozenset[int]:
+        """The turns whose children have not ended, settled or not."""
         ...
 
     def say(self, event: TurnsMarked | MarkingFailed) -> None:
@@ -106,7 +110,7 @@ async def shut_down(
     interrupted = house.open_turns()
     with _timed(phases, "unwind"):
         await _unwind(house, plan)
-    unresponsive = house.open_turns()
+    unresponsive = house.children()
     return DrainReport(
         reason=reason,
         settled=tuple(sorted(open_before - interrupted)),

@@ -187,6 +187,7 @@ class Turns:
         """Cancel the child of a turn that somebody else has settled."""
         child = self._open.get(turn)
         if child is not None:
+            child.settled = True
             child.cancel(why)
         elif self._opening:
             # Its begin is committed and its child about to start: `_start` looks here.
@@ -238,12 +239,17 @@ class Turns:
     def _go_on(self, session: Session, begun: Begun) -> None:
         """Start what a begin found; the session has a slot."""
         self._note_unreadable(session, begun)
-        if begun.turn is None:
-            session.queued = 0
-            self._release(session)
-        else:
+        if begun.turn is not None:
+            session.misses = 0
             session.queued -= len(begun.turn.messages)
             self.start(session, begun.turn)
+            return
+        session.misses += 1
+        if session.misses > 1:
+            # Once can be a message that was committed just after this begin. Twice in a row can
+            # not: then the count was wrong, and believing it would ask for ever.
+            session.queued = session.misses = 0
+        self._release(session)
 
     # ----- resuming
 
@@ -359,6 +365,8 @@ class Turns:
     async def _attempt(self, child: Running) -> Settlement | None:
         """Call the agent once: how the turn ends, or None when it was interrupted or has been
         settled by somebody else."""
+        if child.why is not None:
+            return None  # before it could even start
         try:
             with child.scope:
                 text = await self._agent(child.handle)
@@ -430,6 +438,8 @@ class Turns:
                 self.opening()
             try:
                 return await self._desk.store.settle(end), heir
+            except StoreClosed:
+                return None, None  # it did not end when it was told to, and the gateway has left
             except StoreError as error:
                 tries += 1
                 self._disinherit(child, heir)
