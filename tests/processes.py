@@ -154,6 +154,14 @@ class GatewayProcess:
         self.signal(number)
         return self.wait(timeout)
 
+    def storm(self, number: Signals, every: float = 0.002) -> int:
+        """Send one signal again and again until the process has gone."""
+        deadline = time.monotonic() + PATIENCE
+        while self._process.poll() is None and time.monotonic() < deadline:
+            self._process.send_signal(number)
+            time.sleep(every)
+        return self.wait()
+
     def kill(self) -> None:
         """SIGKILL, and wait."""
         self._process.kill()

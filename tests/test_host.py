@@ -234,6 +234,14 @@ def test_c47_term_twice_changes_nothing(tmp_path: Path) -> None:
     assert markers(tmp_path) == {}
 
 
+def test_c47_term_until_the_very_end_is_still_an_orderly_end(tmp_path: Path) -> None:
+    """Also while Python takes itself apart, and has given the signals back to the kernel."""
+    with launch(tmp_path, ECHO) as gateway:
+        gateway.send("a", "m1")
+        gateway.expect("reply")
+        assert gateway.storm(TERM) == 0
+
+
 def test_c47_int_then_term_drains(tmp_path: Path) -> None:
     agent = """
         import trio
@@ -273,28 +281,41 @@ def test_c47_the_third_interrupt_leaves_at_once(tmp_path: Path, how: str) -> Non
     assert markers(tmp_path) == {"a": ("RESUME_PENDING", "shutdown")}
 
 
-@pytest.mark.parametrize(("number", "code"), [(TERM, 0), (USR1, 75)])
-def test_c47_a_signal_during_boot_is_obeyed_when_it_is_up(
-    tmp_path: Path, number: signal.Signals, code: int
-) -> None:
-    slow_boot = """
-        import sys, time, trio
-        print("importing", file=sys.stderr, flush=True)
-        time.sleep(1)
-        async def agent(turn):
+SLOW_IMPORT = """
+    import sys, time, trio
+    print("booting", file=sys.stderr, flush=True)
+    time.sleep(1)
+    async def agent(turn):
+        await trio.sleep_forever()
+    """
+SLOW_OPENING = """
+    import contextlib, sys, trio
+    @contextlib.asynccontextmanager
+    async def agent():
+        print("booting", file=sys.stderr, flush=True)
+        await trio.sleep(1)
+        async def answer(turn):
             await trio.sleep_forever()
-        """
+        yield answer
+    """
+
+
+@pytest.mark.parametrize(("number", "code"), [(TERM, 0), (USR1, 75)])
+@pytest.mark.parametrize("boot", [SLOW_IMPORT, SLOW_OPENING])
+def test_c47_a_signal_during_boot_is_remembered(
+    tmp_path: Path, boot: str, number: signal.Signals, code: int
+) -> None:
     with launch(tmp_path, SLOW) as gateway:
         gateway.send("a", "m1")
         gateway.expect("progress")
         gateway.kill()
-    with launch(tmp_path, slow_boot, grace=0.2, budget=5, ready=False) as gateway:
-        gateway.expect_stderr("importing")
+    with launch(tmp_path, boot, grace=0.2, budget=5, ready=False) as gateway:
+        gateway.expect_stderr("booting")
         assert gateway.stop(number) == code
         assert "Traceback" not in gateway.stderr
-    state, reason = markers(tmp_path)["a"]
-    assert state == "RESUME_PENDING"
-    assert reason in ("crash", "shutdown", "restart")
+    assert markers(tmp_path).keys() == {"a"}
+    with launch(tmp_path, SLOW) as gateway:
+        gateway.expect("reply", text="resumed: hi")
 
 
 def test_c47_a_boot_that_hangs_ends_within_the_budget(tmp_path: Path) -> None:

@@ -72,15 +72,21 @@ def host(
     """
     calm_collector()
     signals.use_plan(plan_stop(settings.grace, settings.budget))
-    house = _House(agent, store, channels, settings, log, signals)
-    try:
-        signals.run(house, house.live)
-        code = house.code()
-    except (Exception, BaseExceptionGroup) as error:
-        code = house.failed(error)
+    if signals.asked is not None:
+        # Nothing is open, and what is in the store says so by itself: do not even begin.
+        log.say("info", "stopped_before_start", by=signals.asked.by)
+        code = _code(signals.asked.reason)
+    else:
+        house = _House(agent, store, channels, settings, log, signals)
+        code = house.live_and_end()
     log.flush(min(FLUSH, signals.time_left / 2))
     signals.leave_within(min(LINGER, signals.time_left / 2), code)
+    signals.take_no_more()
     return code
+
+
+def _code(reason: ResumeReason | None) -> int:
+    return EXIT_RESTART if reason is ResumeReason.RESTART else EXIT_OK
 
 
 class _House:
@@ -103,8 +109,15 @@ class _House:
         self._supervisor = Supervisor()
         self._gateway: Gateway | None = None
 
-    async def live(self) -> None:
-        """The whole life."""
+    def live_and_end(self) -> int:
+        """The whole life of the gateway; the exit code."""
+        try:
+            self._signals.run(self, self._live)
+        except (Exception, BaseExceptionGroup) as error:
+            return self._failed(error)
+        return self._code()
+
+    async def _live(self) -> None:
         async with self._open() as gateway:
             gateway.on_unresponsive = self._leave
             self._gateway = gateway
@@ -164,13 +177,10 @@ class _House:
 
     # ----- the end
 
-    def code(self) -> int:
-        """The exit code of an orderly end."""
-        gateway = self._gateway
-        restart = gateway is not None and gateway.stop_reason is ResumeReason.RESTART
-        return EXIT_RESTART if restart else EXIT_OK
+    def _code(self) -> int:
+        return _code(self._gateway.stop_reason if self._gateway is not None else None)
 
-    def failed(self, error: BaseException) -> int:
+    def _failed(self, error: BaseException) -> int:
         """Tell what went wrong, once and clearly; return the exit code."""
         if self._gateway is not None and self._gateway.failure is not None:
             return EXIT_FAILURE  # told already, with its traceback
@@ -188,7 +198,7 @@ class _House:
     def _leave(self, report: DrainReport) -> None:
         """Leave turns behind that swallow their cancellation: the stop was served, they resume."""
         self._log.flush(min(FLUSH, self._signals.time_left / 2))
-        os._exit(self.code())
+        os._exit(self._code())
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -143,7 +143,7 @@ class SignalDesk:
 
     def __init__(self, plan: StopPlan | None = None) -> None:
         self._fuse = Fuse(plan or plan_stop())
-        self._notes: deque[int | Stop] = deque()
+        self._notes: deque[int | Stop | StopPlan] = deque()
         self._stop: Stop | None = None
         self._interrupts = 0
         self._shows = 0
@@ -179,9 +179,9 @@ class SignalDesk:
         signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        faulthandler.cancel_dump_traceback_later()
         os.close(write_fd)  # ends the desk's thread
         self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
         os.close(self._read_fd)
         if self._stderr != 2:
             os.close(self._stderr)
@@ -189,6 +189,7 @@ class SignalDesk:
     def use_plan(self, plan: StopPlan) -> None:
         """Keep this plan's budget. A stop that has begun is measured by it from its beginning."""
         self._fuse.plan = plan
+        self._notes.append(plan)
         self._wake_desk()
 
     def run(self, house: House, main: Callable[[], Awaitable[T]]) -> T:
@@ -238,6 +239,17 @@ class SignalDesk:
         """
         self._leave_by = (time.monotonic() + seconds, code)
         self._wake_desk()
+
+    def take_no_more(self) -> None:
+        """Ignore what comes now. Python gives the signals back to the kernel while it takes itself
+        apart, and a second TERM would make an orderly end one by a signal."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
+    @property
+    def asked(self) -> Stop | None:
+        """The stop that somebody asked for, also before there was anything to stop."""
+        return self._stop
 
     @property
     def time_left(self) -> float:
@@ -300,9 +312,12 @@ class SignalDesk:
             with suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self.obey, idempotent=True)
 
-    def _note(self, note: int | Stop) -> None:
+    def _note(self, note: int | Stop | StopPlan) -> None:
         if isinstance(note, Stop):
             self._light(note.reason, note.by)
+            return
+        if isinstance(note, StopPlan):
+            self._set_last_line()
             return
         number = signal.Signals(note)
         if number is signal.SIGUSR2:
@@ -319,6 +334,8 @@ class SignalDesk:
             self._set_last_line()
 
     def _set_last_line(self) -> None:
+        if self._fuse.lit_at is None:
+            return
         # The C thread needs no interpreter, and cannot be told the exit code: 1.
         faulthandler.dump_traceback_later(max(0.1, self.time_left), exit=True, file=self._stderr)
 
