@@ -47,8 +47,8 @@ app: Final = App(
     name="trio-gateway",
     help="Hosts chat agents on Trio and never loses a turn.",
     version=version("trio-gateway"),
-    default_parameter=Parameter(negative=""),
-    help_format="plaintext",
+    default_parameter=Parameter(negative="", show_default=False),
+    help_format="markdown",
 )
 sessions_app: Final = App(name="sessions", help="Look at conversations.")
 quarantine_app: Final = App(name="quarantine", help="Turns that kept killing the process.")

@@ -36,6 +36,9 @@ QUEUE: Final = 10_000
 FLUSH_AT_END: Final = 1.0
 """Seconds that the end waits for a standard error that nobody reads."""
 
+SLOW_START: Final = 5.0
+"""Seconds that the end waits, before that, for a log that has not got as far as its beginning."""
+
 STDERR: Final = 2
 
 _BATCH: Final = 64 * 1024
@@ -190,7 +193,7 @@ def _json_chain() -> list[_Processor]:
 def _console_chain(colors: bool) -> list[_Processor]:
     from structlog.dev import ConsoleRenderer
 
-    render = ConsoleRenderer(colors=colors, sort_keys=False, pad_event_to=0)
+    render = ConsoleRenderer(0, colors=colors, sort_keys=False)  # no padding
 
     def with_traceback(logger: Any, name: str, record: _Record) -> str:
         lines = str(record.pop("traceback", "")).splitlines()
@@ -264,6 +267,7 @@ class Log:
         self._queue: SimpleQueue[_Told | threading.Event] = SimpleQueue()
         # Only ever counted up; the writing thread tells by how much.
         self._dropped = 0
+        self._ready = threading.Event()
         self._ending = threading.Event()
         threading.Thread(target=self._write_all, name="log", daemon=True).start()
 
@@ -288,6 +292,8 @@ class Log:
 
     def close(self, timeout: float = FLUSH_AT_END) -> bool:
         """Flush, and end the writing thread. What is told afterwards is not written."""
+        # On a slow disk the first import can take longer than a flush may; it is not stuck.
+        self._ready.wait(SLOW_START)
         self._queue.put(self._ending)
         return self._ending.wait(timeout)
 
@@ -303,6 +309,7 @@ class Log:
         output = _Output(self._fd)
         # structlog is slow to import; nobody has to wait for it here.
         renderer = self._make_renderer()
+        self._ready.set()
         first = self._queue.get()
         told_dropped = 0
         while True:
