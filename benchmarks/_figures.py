@@ -28,7 +28,7 @@ Figures = dict[str, float]
 
 
 def _turns(what: Any, path: Path, sessions: int, each: int) -> float:
-    return trio.run(what.turns_per_second, path, sessions, each)
+    return float(trio.run(what.turns_per_second, path, sessions, each))
 
 
 def _mark_gateway(path: Path, count: int) -> float:

@@ -13,9 +13,9 @@ from queue import Empty, SimpleQueue
 from time import perf_counter
 from typing import Any
 
-import apsw
 import trio
 
+from trio_gateway.store._database import Database, open_database
 from trio_gateway.store._sql import read_sql
 
 ACCEPT = (
@@ -38,9 +38,10 @@ DELIVERED = "UPDATE delivery SET state = 'delivered', delivered_at = 0 WHERE id 
 SESSION = "INSERT INTO session (id, channel, name) VALUES (?, 'wire', ?)"
 
 
-def connect(path: Path) -> apsw.Connection:
+def connect(path: Path) -> Database:
     """A connection as the gateway's store configures it."""
-    db = apsw.Connection(str(path))
+    path.touch()
+    db = open_database(path, write=True)
     for pragma in ("journal_mode = wal", "synchronous = full", "wal_autocheckpoint = 2000",
                    "cache_size = -32000"):  # fmt: skip
         db.execute(f"PRAGMA {pragma}")
@@ -50,7 +51,7 @@ def connect(path: Path) -> apsw.Connection:
 class Writer:
     """Group commit, as short as it can be said."""
 
-    def __init__(self, db: apsw.Connection) -> None:
+    def __init__(self, db: Database) -> None:
         self._db = db
         self._queue: SimpleQueue[Any] = SimpleQueue()
         self._token = trio.lowlevel.current_trio_token()

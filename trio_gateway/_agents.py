@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -13,18 +13,16 @@ from ._steps import call, is_async
 if TYPE_CHECKING:
     from ._turns import Turn
 
-AsyncAgent: TypeAlias = "Callable[[Turn], Awaitable[str | None]]"
-PlainAgent: TypeAlias = "Callable[[Turn], str | None]"
-Agent: TypeAlias = (
-    "AsyncAgent | PlainAgent | AbstractAsyncContextManager[AsyncAgent]"
-    " | Callable[[], AbstractAsyncContextManager[AsyncAgent]]"
-)
+AsyncAgent: TypeAlias = Callable[["Turn"], Awaitable[str | None]]
+PlainAgent: TypeAlias = Callable[["Turn"], str | None]
+AgentManager: TypeAlias = AbstractAsyncContextManager[AsyncAgent, bool | None]
+Agent: TypeAlias = AsyncAgent | PlainAgent | AgentManager | Callable[[], AgentManager]
 """An async function of a `Turn`; a plain one, which runs in a thread; or an async context manager
 (or what makes one, without arguments) that yields such a function, to own an HTTP client, say."""
 
 
 @asynccontextmanager
-async def opened(agent: Agent) -> AsyncIterator[AsyncAgent]:
+async def opened(agent: Agent) -> AsyncGenerator[AsyncAgent, None]:
     """The agent as an async function, for as long as the block lasts.
 
     Raises `AgentNotUsable` for anything that is no agent; lets what the agent's own context
@@ -39,11 +37,11 @@ async def opened(agent: Agent) -> AsyncIterator[AsyncAgent]:
 
 
 def _manager(agent: Any) -> AbstractAsyncContextManager[Any] | None:
-    if isinstance(agent, AbstractAsyncContextManager) and not callable(agent):
+    if not inspect.isclass(agent) and isinstance(agent, AbstractAsyncContextManager):
         return cast("AbstractAsyncContextManager[Any]", agent)
     if inspect.isasyncgenfunction(inspect.unwrap(agent)) and not inspect.isasyncgenfunction(agent):
         return cast("AbstractAsyncContextManager[Any]", agent())
-    if inspect.isclass(agent) and issubclass(agent, AbstractAsyncContextManager):
+    if inspect.isclass(agent) and hasattr(agent, "__aenter__") and hasattr(agent, "__aexit__"):
         return cast("AbstractAsyncContextManager[Any]", agent())
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 
 class GatewayError(Exception):
     """Every error that trio_gateway raises on purpose."""
@@ -127,8 +129,18 @@ class NotFound(GatewayError, LookupError):
     """Nothing in the store goes by that name."""
 
 
+def unwrap(error: BaseException) -> BaseException:
+    """What is alone inside groups of one; a group of several as it is."""
+    while isinstance(error, BaseExceptionGroup):
+        inside = cast("tuple[BaseException, ...]", error.exceptions)
+        if len(inside) != 1:
+            break
+        error = inside[0]
+    return error
+
+
 def lone_cause(error: BaseException) -> str:
     """The first line of what went wrong, without the groups around it."""
-    while isinstance(error, BaseExceptionGroup) and error.exceptions:
-        error = error.exceptions[0]
+    while isinstance(error, BaseExceptionGroup):
+        error = cast("tuple[BaseException, ...]", error.exceptions)[0]
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from datetime import timedelta
 from enum import Enum
-from typing import Any, Final, overload
+from typing import Any, Final, cast, overload
 
 import trio
 from trio_util import AsyncBool, AsyncValue
@@ -28,7 +28,7 @@ from trio_util import AsyncBool, AsyncValue
 from . import _recovery, _shutdown
 from ._agents import Agent, opened
 from ._clock import Clock, SystemClock
-from ._errors import GatewayStopping, StoreError
+from ._errors import GatewayStopping, StoreError, unwrap
 from ._events import (
     DrainReport,
     Event,
@@ -98,7 +98,7 @@ class Gateway:
         self._authorize = authorize
         self._clock = clock
         self._open_store = store
-        self._events = EventStream()
+        self._events = EventStream(self._fail)
         self._waiters = Waiters()
         self._links = Links(
             channels,
@@ -110,6 +110,7 @@ class Gateway:
             settings.limits.turns, self._links.connected, collect=settings.busy is Busy.COLLECT
         )
         self._draining = AsyncBool(False)
+        self._recovered = trio.Event()
         self._stop_requested = trio.Event()
         self._stopped = trio.Event()
         self._window = _shutdown.Window()
@@ -121,7 +122,7 @@ class Gateway:
         """Why it stops; None while it does not."""
         self.report: DrainReport | None = None
         """What the stop did; None before."""
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         """What failed of the gateway's own code; leaving the block raises it."""
         self.epoch = 0
         """The number of this life in the store."""
@@ -238,8 +239,9 @@ class Gateway:
             self._window.end_now()
         if self.stop_reason is None:
             self.stop_reason = reason
-            self._events.emit(StopRequested(reason=reason, by=by))
+            self._sessions.shut_door()
             self._stop_requested.set()
+            self._events.emit(StopRequested(reason=reason, by=by))
 
     async def wait_stop_requested(self) -> None:
         """Wait until somebody has asked for a stop."""
@@ -273,11 +275,11 @@ class Gateway:
 
     # ----- the blocks
 
-    async def _live(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _live(self) -> None:
         try:
-            await self._live_in_blocks(task_status)
+            await self._live_in_blocks()
         except BaseExceptionGroup as group:
-            raise _lone(group) from None  # the nurseries' wrapping says nothing to the caller
+            raise unwrap(group) from None  # the nurseries' wrapping says nothing to the caller
         finally:
             self.state.value = GatewayState.STOPPED
             self._stopped.set()
@@ -285,32 +287,39 @@ class Gateway:
         if self.failure is not None:
             raise self.failure
 
-    async def _live_in_blocks(self, task_status: trio.TaskStatus[None]) -> None:
+    async def _live_in_blocks(self) -> None:
+        # One block a line, though one statement could open several: the nesting is the design.
         with trio.CancelScope(shield=True):
-            async with self._open_store() as self._store:
+            async with self._open_store() as self._store:  # noqa: SIM117
                 async with self._deliveries():
                     async with self._intake():
                         async with opened(self._agent) as agent:
                             async with self._turns.hosting(agent):
                                 await self._recover()
-                                task_status.started()
+                                self._recovered.set()
                                 await self._until_stopped()
 
     @asynccontextmanager
-    async def _deliveries(self) -> AsyncIterator[None]:
+    async def _deliveries(self) -> AsyncGenerator[None, None]:
         """Committed replies leave, over channels that are served, until the end."""
-        async with trio.open_nursery() as nursery:
-            self._wires = nursery
-            self._outbox = self._make_outbox()
-            self._turns = Turns(self._make_desk())
-            nursery.start_soon(self._guard, self._outbox.run)
-            yield
-            await self._flush()
-            nursery.cancel_scope.cancel(reason="the gateway has stopped")
-        await self._note_end()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._wires = nursery
+                self._outbox = self._make_outbox()
+                self._turns = Turns(self._make_desk())
+                nursery.start_soon(self._guard, self._outbox.run)
+                try:
+                    yield
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self._flush()
+                    nursery.cancel_scope.cancel(reason="the gateway has stopped")
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._note_end()
 
     @asynccontextmanager
-    async def _intake(self) -> AsyncIterator[None]:
+    async def _intake(self) -> AsyncGenerator[None, None]:
         """The inbox is open while turns run and while they drain."""
         settings = self._settings
         self._inbox = Inbox(
@@ -343,6 +352,16 @@ class Gateway:
         )
 
     async def _until_stopped(self) -> None:
+        try:
+            await self._serve()
+        finally:
+            # Also when what the agent owns falls over and cancels all that is inside it: there is
+            # no window then, but a mark.
+            self.request_stop(by="the agent's own block", now=not self._stop_requested.is_set())
+            with trio.CancelScope(shield=True):
+                await self._shut_down(self.stop_reason or ResumeReason.SHUTDOWN)
+
+    async def _serve(self) -> None:
         async with trio.open_nursery() as services:
             self._services = services
             services.start_soon(self._guard, self._resume_all)
@@ -352,9 +371,7 @@ class Gateway:
             self._turns.dispatch()
             self.state.value = GatewayState.SERVING
             await self._stop_requested.wait()
-            self._sessions.shut_door()
             services.cancel_scope.cancel(reason="the gateway stops")
-        await self._shut_down(self.stop_reason or ResumeReason.SHUTDOWN)
 
     async def _shut_down(self, reason: ResumeReason) -> None:
         self.state.value = GatewayState.DRAINING
@@ -362,7 +379,7 @@ class Gateway:
             self._store, _House(self), self.plan, reason, self._window
         )
         self._events.emit(self.report)
-        if self.report.unresponsive:
+        if self._turns:
             await self._leave_behind(self.report)
 
     async def _leave_behind(self, report: DrainReport) -> None:
@@ -391,6 +408,8 @@ class Gateway:
 
     async def _note_end(self) -> None:
         """So that the next boot knows that this life ended in order."""
+        if not self.epoch:
+            return  # it never began
         ending = "failure" if self.failure else str(self.stop_reason or "shutdown")
         try:
             await self._store.end_epoch(ending)
@@ -406,9 +425,9 @@ class Gateway:
         except Exception as error:
             self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         if self.failure is None:
-            self.failure = error
+            self.failure = _lone(error)
         trace = "".join(traceback.format_exception(error))
         self._events.emit(GatewayFailed(error=repr(error), traceback=trace))
         self.request_stop(by="a failure of the gateway itself")
@@ -461,9 +480,7 @@ class Gateway:
 
     async def _restart_after(self, child: Running) -> None:
         """Let the turn that asked settle first (promise 13); not for longer than a window."""
-        await self._tolerantly(
-            "ask for a restart", lambda: self._store.ask_restart(child.turn.id)
-        )
+        await self._tolerantly("ask for a restart", lambda: self._store.ask_restart(child.turn.id))
         with trio.move_on_after(self.plan.grace):
             await child.wait_over()
         self.request_stop(ResumeReason.RESTART, by=f"turn {child.turn.id}")
@@ -502,13 +519,6 @@ class Gateway:
             on_quiet=self._on_quiet,
             on_failure=self._fail,
         )
-
-
-def _lone(error: BaseException) -> BaseException:
-    """What is alone inside groups of one."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
 
 
 def _microseconds(span: timedelta) -> int:
@@ -554,9 +564,7 @@ class _House:
         sessions.elsewhere = recovered.open_messages - sessions.open_messages
         self._outbox.put(recovered.deliveries)
 
-    def end_of(
-        self, pending: PendingTurn, state: TurnState, why: str, apology: str
-    ) -> Settlement:
+    def end_of(self, pending: PendingTurn, state: TurnState, why: str, apology: str) -> Settlement:
         return pending_end(pending, state, why, self._turns.apology(pending, apology))
 
     async def end(self, ends: Sequence[tuple[PendingTurn, Settlement]]) -> None:
@@ -633,7 +641,7 @@ async def open_gateway(
     clock: Clock | None = None,
     inline_store: bool = False,
     tap: Callable[[str], None] | None = None,
-) -> AsyncIterator[Gateway]:
+) -> AsyncGenerator[Gateway, None]:
     """Host `agent` for the length of the block; leaving the block drains.
 
     Entering: opens the store at the path `store`, recovers what was interrupted, and serves
@@ -663,7 +671,9 @@ async def open_gateway(
     try:
         async with trio.open_nursery() as nursery:
             try:
-                await nursery.start(made._live)
+                # Not `nursery.start`: cancelled, it would wait for a boot that waits for a stop.
+                nursery.start_soon(made._live)
+                await made._recovered.wait()
                 yield made
             except (trio.Cancelled, BaseExceptionGroup) as error:
                 made.request_stop(by="the block was left", now=_is_cancelled(error))
@@ -680,5 +690,6 @@ async def open_gateway(
 
 def _is_cancelled(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
-        return error.subgroup(trio.Cancelled) is not None
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return group.subgroup(trio.Cancelled) is not None
     return isinstance(error, trio.Cancelled)

@@ -204,7 +204,9 @@ class Inbox:
         if result.stopped is not None:
             replaced = not result.resolved
             session.collect = session.collect or replaced
-            self.note_stopped(session.key, result.stopped, Why.REPLACED if replaced else Why.STOPPED)
+            self.note_stopped(
+                session.key, result.stopped, Why.REPLACED if replaced else Why.STOPPED
+            )
         desk.outbox.put(result.deliveries)
         desk.waiters.ended(session.key.channel, result.resolved)
 

@@ -97,7 +97,10 @@ class Links:
         except Exception as error:
             self._events.emit(
                 ChannelFailed(
-                    channel=name, error=f"progress: {error!r}", retry_in=0.0, traceback=_trace(error)
+                    channel=name,
+                    error=f"progress: {error!r}",
+                    retry_in=0.0,
+                    traceback=_trace(error),
                 )
             )
 

@@ -111,7 +111,7 @@ class ReplyKind(StrEnum):
     COMMAND = "command"
     """The gateway's own answer to a chat command."""
     NOTICE = "notice"
-    """News of the gateway itself (it restarts, it goes on); best effort, never outlives its epoch."""
+    """News of the gateway itself (it restarts, it goes on): best effort, for its epoch only."""
 
 
 @attrs.frozen(kw_only=True)
@@ -180,9 +180,7 @@ class HistoryItem:
 class Intake(Protocol):
     """The inbox as a channel sees it."""
 
-    async def accept(
-        self, *messages: Message, cursor: str | None = None
-    ) -> tuple[Receipt, ...]:
+    async def accept(self, *messages: Message, cursor: str | None = None) -> tuple[Receipt, ...]:
         """Hand in messages of this channel; return one receipt each, after the commit.
 
         Raises `StoreError` when nothing could be written: the messages were not accepted, so do

@@ -104,7 +104,9 @@ class Outbox:
         finally:
             self._nursery = None
             if self._arrivals:
-                with trio.CancelScope(shield=True):
+                # One try, which a cancellation does not keep from being made: a disk that stays
+                # full must not keep the gateway.
+                with trio.move_on_after(0, shield=True):
                     await self._record(self._arrivals)
 
     async def wait_empty(self) -> None:
@@ -246,7 +248,14 @@ class Outbox:
         await self._again(wire, lane, delivery, error, delay, counts=True)
 
     async def _again(
-        self, wire: _Wire, lane: _Lane, delivery: Delivery, error: str, delay: float, *, counts: bool
+        self,
+        wire: _Wire,
+        lane: _Lane,
+        delivery: Delivery,
+        error: str,
+        delay: float,
+        *,
+        counts: bool,
     ) -> None:
         if delivery.kind is ReplyKind.NOTICE:
             await self._until_written(self._store.drop, delivery.id, error)

@@ -297,9 +297,7 @@ _GRAPHEME: Final = regex.compile(r"\X")
 _BREAKS: Final = ("\n\n", "\n", " ")
 
 
-def split_text(
-    text: str, limit: int | None, length: Callable[[str], int] = len
-) -> tuple[str, ...]:
+def split_text(text: str, limit: int | None, length: Callable[[str], int] = len) -> tuple[str, ...]:
     """Cut `text` into parts of at most `limit`, measured by `length`.
 
     Cuts after a paragraph, else after a line, else after a word, else between two graphemes, and
@@ -439,4 +437,3 @@ def status_text(state: str | None, attempt: int, waiting: int) -> str:
     """The answer to /status."""
     now = "No answer is in progress." if state is None else f"Working on it (attempt {attempt})."
     return f"{now} Messages waiting: {waiting}."
-

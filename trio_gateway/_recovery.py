@@ -52,9 +52,7 @@ class House(Protocol):
         """Put what is open where the running gateway keeps it: sessions, line, outbox."""
         ...
 
-    def end_of(
-        self, pending: PendingTurn, state: TurnState, why: str, apology: str
-    ) -> Settlement:
+    def end_of(self, pending: PendingTurn, state: TurnState, why: str, apology: str) -> Settlement:
         """How a turn ends that is not resumed."""
         ...
 
@@ -164,7 +162,11 @@ async def _still_allowed(
     try:
         for message in await store.messages_of(pending):
             if not await authorize(message):
-                return TurnState.QUARANTINED, "its sender is not allowed any more", SORRY_QUARANTINED
+                return (
+                    TurnState.QUARANTINED,
+                    "its sender is not allowed any more",
+                    SORRY_QUARANTINED,
+                )
     except BadRow as bad:
         return TurnState.FAILED, str(bad), SORRY
     except Exception as error:

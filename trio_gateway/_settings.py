@@ -13,13 +13,13 @@ from ._policy import Busy, DeliveryRules, Limits, ResumeRules
 class Settings:
     """How a gateway behaves. Every field has a default that suits a bot on one machine."""
 
-    limits: Limits = Limits()
+    limits: Limits = attrs.field(factory=Limits)
     busy: Busy = Busy.QUEUE
     """What happens to a message that arrives during a turn of its session."""
     time_limit: float | None = None
     """Seconds that one attempt of a turn may take; then it ends FAILED. None: no limit."""
-    resume: ResumeRules = ResumeRules()
-    delivery: DeliveryRules = DeliveryRules()
+    resume: ResumeRules = attrs.field(factory=ResumeRules)
+    delivery: DeliveryRules = attrs.field(factory=DeliveryRules)
     grace: float | None = None
     """Seconds that open turns get to settle at a stop; see `plan_stop` for None."""
     budget: float | None = None

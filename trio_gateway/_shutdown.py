@@ -15,7 +15,7 @@ would run finished turns again, if the process died between their end and the sw
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -170,7 +170,7 @@ async def _unwind(house: House, plan: StopPlan) -> None:
 
 
 @contextmanager
-def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
+def _timed(phases: dict[str, float], name: str) -> Generator[None, None, None]:
     began = trio.current_time()
     try:
         yield

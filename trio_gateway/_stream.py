@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
@@ -15,15 +15,24 @@ BUFFER: Final = 10_000
 
 
 class EventStream:
-    """Says events to listeners (at once, in the same breath) and to subscribers (buffered)."""
+    """Says events to listeners (at once, in the same breath) and to subscribers (buffered).
 
-    def __init__(self) -> None:
+    A listener that raises is not called again; `on_fault` is told, and whoever says events is not
+    disturbed.
+    """
+
+    def __init__(self, on_fault: Callable[[Exception], None]) -> None:
         self._listeners: list[Callable[[Event], None]] = []
+        self._on_fault = on_fault
 
     def emit(self, event: Event) -> None:
-        """Say `event`. Never waits; a listener must not either."""
-        for listener in self._listeners:
-            listener(event)
+        """Say `event`. Never waits, never raises; a listener must not wait either."""
+        for listener in tuple(self._listeners):
+            try:
+                listener(event)
+            except Exception as error:
+                self._remove(listener)
+                self._on_fault(error)
 
     @property
     def heard(self) -> bool:
@@ -35,16 +44,20 @@ class EventStream:
         self._listeners.append(listener)
 
     @contextmanager
-    def listen(self, listener: Callable[[Event], None]) -> Iterator[None]:
+    def listen(self, listener: Callable[[Event], None]) -> Generator[None, None, None]:
         """Call `listener` with each event until the block ends."""
         self._listeners.append(listener)
         try:
             yield
         finally:
+            self._remove(listener)
+
+    def _remove(self, listener: Callable[[Event], None]) -> None:
+        if listener in self._listeners:
             self._listeners.remove(listener)
 
     @asynccontextmanager
-    async def subscribe(self) -> AsyncIterator[AsyncIterator[Event]]:
+    async def subscribe(self) -> AsyncGenerator[AsyncIterator[Event], None]:
         """Yield an iterator over the events from now on.
 
         A subscriber that is slower than the gateway loses the oldest events beyond a buffer of

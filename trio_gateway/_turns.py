@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
-from typing import Any, Final, TypeVar, overload
+from typing import Any, Final, TypeVar, cast, overload
 
 import attrs
 import trio
@@ -29,7 +29,15 @@ from trio_util import AsyncBool
 from . import _steps
 from ._agents import AsyncAgent
 from ._clock import Clock
-from ._errors import AgentMisuse, GatewayStopping, StepInDoubt, StoreClosed, StoreError, lone_cause
+from ._errors import (
+    AgentMisuse,
+    GatewayStopping,
+    StepInDoubt,
+    StoreClosed,
+    StoreError,
+    lone_cause,
+    unwrap,
+)
 from ._events import (
     MessageUnreadable,
     ProgressShown,
@@ -99,7 +107,7 @@ class Running:
     why: Why | None = None
     end: Settlement | None = None
     settled: bool = False
-    messages: list[Message] = attrs.field(factory=list)
+    messages: list[Message] = attrs.field(factory=list[Message])
 
     def cancel(self, why: Why) -> None:
         """Cancel the child; the first reason counts."""
@@ -141,7 +149,7 @@ class Desk:
     draining: AsyncBool
     ask_restart: Callable[[Running], None]
     on_quiet: Callable[[], None]
-    on_failure: Callable[[Exception], None]
+    on_failure: Callable[[BaseException], None]
 
 
 class Turns:
@@ -156,7 +164,7 @@ class Turns:
         self._opening = 0
 
     @asynccontextmanager
-    async def hosting(self, agent: AsyncAgent) -> AsyncIterator[None]:
+    async def hosting(self, agent: AsyncAgent) -> AsyncGenerator[None, None]:
         """Turns can run while the block lasts; leaving it waits for every child."""
         async with trio.open_nursery() as nursery:
             self._agent = agent
@@ -221,9 +229,15 @@ class Turns:
         """Begin turns for those in line, as far as there are slots."""
         while (claim := self._desk.sessions.next_claim()) is not None:
             if claim.pending is None:
-                self._nursery.start_soon(self._begin, claim.session)
+                self._nursery.start_soon(self._guard, self._begin, claim.session)
             else:
-                self._nursery.start_soon(self._resume, claim.session, claim.pending)
+                self._nursery.start_soon(self._guard, self._resume, claim.session, claim.pending)
+
+    async def _guard(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
+        try:
+            await work(*args)
+        except Exception as error:
+            self._desk.on_failure(error)
 
     async def _begin(self, session: Session) -> None:
         desk = self._desk
@@ -342,7 +356,9 @@ class Turns:
         limit = self._desk.time_limit
         scope = trio.CancelScope() if limit is None else trio.CancelScope(relative_deadline=limit)
         handle = Turn(self._desk, turn)
-        child = Running(turn, session, scope, handle, trio.current_time(), messages=handle._messages)
+        child = Running(
+            turn, session, scope, handle, trio.current_time(), messages=handle._messages
+        )
         handle._child = child
         return child
 
@@ -358,8 +374,12 @@ class Turns:
             else:
                 self._note_settled(child, end, settled)
                 self._hand_over(child, settled, heir)
-        except Exception as error:
-            # Not the agent's: that is caught where it is called. Ours: stop in order.
+        except BaseException as error:
+            # Not the agent's: that is caught where it is called. Ours: stop in order. Or what owns
+            # the agent has fallen over, and cancels all that runs inside it.
+            self._gone(child)
+            if not isinstance(error, Exception):
+                raise
             self._desk.on_failure(error)
 
     async def _attempt(self, child: Running) -> Settlement | None:
@@ -371,20 +391,25 @@ class Turns:
             with child.scope:
                 text = await self._agent(child.handle)
                 return self._completed(child, text)
-        except (Exception, SystemExit) as error:
-            return self._failed(child, error)
-        except BaseExceptionGroup as group:
-            # Cancelled from outside together with an agent's own errors: the errors are told,
-            # the cancellation goes on its way.
-            cancelled, rest = group.split(trio.Cancelled)
-            if cancelled is None:
-                raise
-            if rest is not None:
-                self._failed(child, rest)
-            raise cancelled from None
+        except GeneratorExit:
+            raise  # Trio itself is gone
+        except BaseException as error:
+            return self._fell_over(child, error)
         if child.why is None:
             return self._end(child, TurnState.FAILED, SORRY_TIME, "took longer than its time limit")
         return None
+
+    def _fell_over(self, child: Running, error: BaseException) -> Settlement | None:
+        """What an error that came out of an agent means. `sys.exit()` is one like any other."""
+        cancelled, rest = _parted(error, trio.Cancelled)
+        if cancelled is not None:
+            raise cancelled  # by who hosts us, not by us: it goes on its way
+        interrupt, _ = _parted(rest, KeyboardInterrupt)
+        if interrupt is not None:
+            # Python raises it wherever it happens to be: it is meant for the host, not the agent.
+            self._desk.on_failure(interrupt)
+            return None
+        return self._failed(child, error)
 
     def _completed(self, child: Running, text: object) -> Settlement | None:
         if child.why in (Why.STOPPED, Why.REPLACED):
@@ -411,9 +436,7 @@ class Turns:
         kind = ReplyKind.ANSWER if state is TurnState.COMPLETED else ReplyKind.APOLOGY
         about = tuple(message.id for message in child.messages)
         reply = None if text is None else self.new_reply(turn.session, kind, text, about)
-        return Settlement(
-            turn.id, turn.attempt, turn.session, turn.session_id, state, reply, error
-        )
+        return Settlement(turn.id, turn.attempt, turn.session, turn.session_id, state, reply, error)
 
     def new_reply(
         self, session: SessionKey, kind: ReplyKind, text: str, about: tuple[str, ...]
@@ -444,9 +467,7 @@ class Turns:
                 tries += 1
                 self._disinherit(child, heir)
                 delay = retry_delay(tries, random.random(), cap=RETRY_CAP)
-                self._desk.events.emit(
-                    SettleDelayed(**_who(end), error=str(error), retry_in=delay)
-                )
+                self._desk.events.emit(SettleDelayed(**_who(end), error=str(error), retry_in=delay))
                 if not await self._pause(child, delay):
                     return None, None
 
@@ -507,16 +528,24 @@ class Turns:
         if self._resuming:
             self._over(child.turn.id)
 
+    def _gone(self, child: Running) -> None:
+        """The child is no more, and its marker stands; no turn takes its place."""
+        self._remove(child)
+        self._note_empty()
+
     def _release(self, session: Session) -> None:
         self._desk.sessions.vacate(session)
         self._after_change()
 
     def _after_change(self) -> None:
         self.dispatch()
+        self._note_empty()
+        self._desk.on_quiet()
+
+    def _note_empty(self) -> None:
         if not self._open and self._emptied is not None:
             self._emptied.set()
             self._emptied = None
-        self._desk.on_quiet()
 
     def unsettled(self) -> tuple[Running, ...]:
         """Children whose agent has ended and whose end is not on disk yet."""
@@ -568,23 +597,30 @@ class Turns:
             )
         )
         if (reply := reply_of(settled.deliveries)) is not None:
-            events.emit(
-                ReplyCommitted(**_who(end), key=reply.key, text=reply.text, final=True)
-            )
+            events.emit(ReplyCommitted(**_who(end), key=reply.key, text=reply.text, final=True))
 
 
 def _who(end: Settlement) -> dict[str, Any]:
     return {"session": end.session, "turn": end.turn, "attempt": end.attempt}
 
 
+def _parted(
+    error: BaseException | None, kind: type[BaseException]
+) -> tuple[BaseException | None, BaseException | None]:
+    """What in an error is of a kind, and the rest; also where it comes out of a nursery."""
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return group.split(kind)
+    return (error, None) if isinstance(error, kind) else (None, error)
+
+
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {lone_cause(error)}"
+    return unicode_text(f"{type(error).__name__}: {lone_cause(error)}")
 
 
 def apology_for(error: BaseException) -> str:
     """What the sender is told. A step in doubt is named: that is for them to know."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
+    error = unwrap(error)
     return in_doubt_text(error.name) if isinstance(error, StepInDoubt) else SORRY
 
 
@@ -721,16 +757,18 @@ class Turn:
         self._desk.links.show(turn.session.channel, turn.session.name, text)
         if self._desk.events.heard:
             self._desk.events.emit(
-                ProgressShown(
-                    session=turn.session, turn=turn.id, attempt=turn.attempt, text=text
-                )
+                ProgressShown(session=turn.session, turn=turn.id, attempt=turn.attempt, text=text)
             )
 
     # ----- remembering
 
     @overload
     async def step(
-        self, fn: Callable[..., Awaitable[T]], *args: Any, name: str | None = None, effect: str = ...
+        self,
+        fn: Callable[..., Awaitable[T]],
+        *args: Any,
+        name: str | None = None,
+        effect: str = ...,
     ) -> T: ...
     @overload
     async def step(
@@ -913,4 +951,3 @@ class _Arrivals:
                 break
             await turn._desk.sessions.wait_mail(turn._child.session)
         raise StopAsyncIteration
-

@@ -16,7 +16,7 @@ Whoever writes a second store keeps these rules; `testing.check_store` holds it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Protocol
 
 from .._markers import ResumeReason
@@ -57,7 +57,11 @@ from ._sqlite import SqliteStore, edit_store, open_store, read_store
 
 
 class Store(Protocol):
-    """What the flow asks of a store. See the module for the rules that all verbs keep."""
+    """What the flow asks of a store. See the module for the rules that all verbs keep.
+
+    The busiest verbs promise something to await and not a coroutine function, so that a store may
+    hand its writer's own coroutine out.
+    """
 
     @property
     def store_id(self) -> str:
@@ -76,9 +80,9 @@ class Store(Protocol):
         """Note that this epoch ends in order, and how."""
         ...
 
-    async def accept(
+    def accept(
         self, arrivals: Sequence[Arrival], cursor: Cursor | None = None
-    ) -> tuple[Admitted, ...]:
+    ) -> Awaitable[tuple[Admitted, ...]]:
         """Take messages in, insert-if-absent, with the cursor that covers them; begin turns,
         replace turns and obey commands where an arrival says so; all in one transaction."""
         ...
@@ -91,7 +95,7 @@ class Store(Protocol):
         """End a session's open turn for good: its id, and its messages' ids."""
         ...
 
-    async def begin(self, request: Begin) -> Begun:
+    def begin(self, request: Begin) -> Awaitable[Begun]:
         """Begin the next turn of a session: RUNNING, with the mail that waits longest."""
         ...
 
@@ -99,7 +103,7 @@ class Store(Protocol):
         """Begin the next attempt of an interrupted turn; None if it has ended meanwhile."""
         ...
 
-    async def settle(self, end: Settlement) -> Settled:
+    def settle(self, end: Settlement) -> Awaitable[Settled]:
         """End a turn: marker, messages, reply, and the begin of the next, together or not."""
         ...
 
@@ -131,9 +135,9 @@ class Store(Protocol):
         """Note that an unsafe step is about to run. False: the attempt is over."""
         ...
 
-    async def remember(
+    def remember(
         self, turn: int, attempt: int, name: str, effect: str, result: str, began_at: int
-    ) -> bool:
+    ) -> Awaitable[bool]:
         """Keep a step's result (JSON). False: the attempt is over."""
         ...
 
@@ -141,9 +145,9 @@ class Store(Protocol):
         """Keep a turn's checkpoint (JSON). False: the attempt is over."""
         ...
 
-    async def say(
+    def say(
         self, turn: int, attempt: int, session: SessionKey, session_id: int, reply: NewReply
-    ) -> Said | None:
+    ) -> Awaitable[Said | None]:
         """Commit a reply in mid-turn. None: the attempt is over."""
         ...
 
@@ -153,11 +157,11 @@ class Store(Protocol):
         """Put notices into the outbox, one per session, `what` and epoch at the most."""
         ...
 
-    async def sending(self, delivery: int) -> None:
+    def sending(self, delivery: int) -> Awaitable[None]:
         """Note that a delivery goes over a wire that cannot recognise a repeat."""
         ...
 
-    async def delivered(self, arrivals: Sequence[tuple[int, int]]) -> None:
+    def delivered(self, arrivals: Sequence[tuple[int, int]]) -> Awaitable[None]:
         """Note that deliveries have arrived: pairs of an id and how often it was tried."""
         ...
 

@@ -11,6 +11,7 @@ from cattrs import BaseValidationError, ForbiddenExtraKeysError
 from cattrs.preconf.orjson import make_converter
 
 from .._clock import as_datetime
+from .._errors import lone_cause
 from .._messages import Delivery, Message, ReplyKind, SessionKey
 
 _converter: Final = make_converter(forbid_extra_keys=False)
@@ -52,16 +53,10 @@ def load_message(key: SessionKey, message_id: str, body: str | None) -> Message:
     try:
         read = _converter.loads(body, Body)
     except (BaseValidationError, ForbiddenExtraKeysError, ValueError, TypeError, KeyError) as error:
-        raise BadRow(f"its body is not readable: {_first_line(error)}") from error
+        raise BadRow(f"its body is not readable: {lone_cause(error)}") from error
     return Message(
         session=key.name, id=message_id, text=read.text, sender=read.sender, channel=key.channel
     )
-
-
-def _first_line(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup) and error.exceptions:
-        error = error.exceptions[0]
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def dump_ids(ids: tuple[str, ...]) -> str:

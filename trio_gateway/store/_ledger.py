@@ -11,8 +11,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-import apsw
-
 from .. import _policy
 from .._clock import Clock, Instant, as_datetime, as_microseconds, time_between
 from .._markers import Marker, ResumeReason, TurnState
@@ -28,6 +26,7 @@ from .._messages import (
 )
 from .._policy import Command
 from ._codec import BadRow, dump_body, dump_ids, load_delivery, load_message
+from ._database import Database
 from ._records import (
     Admitted,
     Arrival,
@@ -76,7 +75,7 @@ def _one(rows: Iterable[tuple[Any, ...]]) -> tuple[Any, ...] | None:
 class Ledger:
     """The writes of one store in one epoch. Used by one thread at a time: the writer's."""
 
-    def __init__(self, db: apsw.Connection, clock: Clock) -> None:
+    def __init__(self, db: Database, clock: Clock) -> None:
         self._db = db
         self._run = db.execute
         self._clock = clock
@@ -114,9 +113,7 @@ class Ledger:
         """Open an epoch, charge what the last one left RUNNING, and list all that is open."""
         now = self._now
         ending = _one(self._run(query("last_ending")))
-        self._run(
-            query("add_epoch"), (os.getpid(), now.machine, now.wall, now.wall, now.up)
-        )
+        self._run(query("add_epoch"), (os.getpid(), now.machine, now.wall, now.wall, now.up))
         self._epoch = self._db.last_insert_rowid()
         self._run(query("charge_crashed"), (self._epoch,))
         self._run(query("drop_old_notices"), (self._epoch,))
@@ -125,7 +122,9 @@ class Ledger:
         return Recovered(
             epoch=self._epoch,
             previous_stop=ending[0] if ending else "first",
-            turns=tuple(self._pending_turn(row, now) for row in list(self._run(query("pending_turns")))),
+            turns=tuple(
+                self._pending_turn(row, now) for row in list(self._run(query("pending_turns")))
+            ),
             waiting=tuple(
                 WaitingSession(SessionKey(channel, name), session, count)
                 for channel, name, session, count, _ in self._run(query("waiting_sessions"))
@@ -200,9 +199,15 @@ class Ledger:
             return self._obey(arrival, arrival.command, receipt, session_id, now)
         if turn_id:
             self._be_seen()
-            self._run(query("add_turn"), (turn_id, session_id, conversation, self._epoch, now, None))
+            self._run(
+                query("add_turn"), (turn_id, session_id, conversation, self._epoch, now, None)
+            )
             turn = OpenTurn(
-                id=turn_id, session=arrival.key, session_id=session_id, attempt=1, messages=(message,)
+                id=turn_id,
+                session=arrival.key,
+                session_id=session_id,
+                attempt=1,
+                messages=(message,),
             )
             return Admitted(receipt, session_id, turn)
         if arrival.interrupt and (stopped := self._replace(session_id, now)):
@@ -377,16 +382,12 @@ class Ledger:
         row = _one(self._run(query("why_ended"), (turn,)))
         return row is not None and row[0] == _policy.REPLACED
 
-    def _give_up(
-        self, request: Begin, seq: int, message_id: str, why: str, now: int
-    ) -> Unreadable:
+    def _give_up(self, request: Begin, seq: int, message_id: str, why: str, now: int) -> Unreadable:
         self._run(query("end_message"), ("failed", now, why, seq))
         deliveries = self._insert(
             request.session,
             request.session_id,
-            NewReply(
-                1, ReplyKind.APOLOGY, (_policy.SORRY_UNREADABLE,), True, (message_id,)
-            ),
+            NewReply(1, ReplyKind.APOLOGY, (_policy.SORRY_UNREADABLE,), True, (message_id,)),
             f"{self._store_id}-m-{seq}",
             attempt=1,
             turn=None,
@@ -646,9 +647,7 @@ class Ledger:
             query("delivery_arrived"), ((now, tries, delivery) for delivery, tries in arrivals)
         )
 
-    def delayed(
-        self, delivery: int, tries: int, not_before: int, error: str, repeat: bool
-    ) -> None:
+    def delayed(self, delivery: int, tries: int, not_before: int, error: str, repeat: bool) -> None:
         """It is to be tried again."""
         self._run(query("delivery_delayed"), (tries, not_before, error, repeat, delivery))
 
@@ -682,9 +681,7 @@ class Ledger:
 
     # ----- retention
 
-    def forget(
-        self, after_seq: int, keep: int, remember: int, at_most: int = 500
-    ) -> Forgotten:
+    def forget(self, after_seq: int, keep: int, remember: int, at_most: int = 500) -> Forgotten:
         """One bite: forget texts that ended before `keep` and ids that ended before `remember`
         (microseconds since 1970), going up from `after_seq`."""
         rows = list(self._run(query("old_messages"), (after_seq, at_most)))

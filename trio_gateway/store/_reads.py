@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-import apsw
 import attrs
 
 from .._clock import as_datetime
 from .._errors import NotFound
 from .._messages import HistoryItem, Reply, ReplyKind, SessionKey
 from ._codec import BadRow, dump_ids, load_ids, load_message, when
+from ._database import Database
 from ._sql import query
 
 
@@ -120,7 +120,7 @@ class Counts:
 class StoreReader:
     """Reads a store, also one that a gateway has open. Not for two threads at once."""
 
-    def __init__(self, db: apsw.Connection) -> None:
+    def __init__(self, db: Database) -> None:
         self._db = db
 
     def close(self) -> None:
@@ -135,7 +135,9 @@ class StoreReader:
     def history(self, session: SessionKey, turn: int | None, limit: int) -> tuple[HistoryItem, ...]:
         """The last `limit` lines before `turn` (None: before now) in its conversation."""
         if turn is None:
-            place = [(*row, 1 << 62) for row in self._all("place_of_session", *attrs.astuple(session))]
+            place = [
+                (*row, 1 << 62) for row in self._all("place_of_session", *attrs.astuple(session))
+            ]
         else:
             place = self._all("place_of_turn", turn)
         if not place or place[0][0] is None or limit <= 0:
@@ -145,7 +147,9 @@ class StoreReader:
         rows.reverse()
         return self._lines(session, rows)[-limit:]
 
-    def _lines(self, session: SessionKey, rows: Sequence[tuple[Any, ...]]) -> tuple[HistoryItem, ...]:
+    def _lines(
+        self, session: SessionKey, rows: Sequence[tuple[Any, ...]]
+    ) -> tuple[HistoryItem, ...]:
         lines: list[HistoryItem] = []
         for index, (_, message_id, body, accepted_at, turn) in enumerate(rows):
             try:
@@ -153,7 +157,9 @@ class StoreReader:
             except BadRow:
                 continue
             lines.append(
-                HistoryItem(role="user", text=text, at=as_datetime(accepted_at), message_id=message_id)
+                HistoryItem(
+                    role="user", text=text, at=as_datetime(accepted_at), message_id=message_id
+                )
             )
             last_of_turn = index + 1 == len(rows) or rows[index + 1][4] != turn
             if last_of_turn:
@@ -174,7 +180,9 @@ class StoreReader:
     def _replies(self, turn: int) -> tuple[Reply, ...]:
         session = self._session_of_turn(turn)
         replies: list[Reply] = []
-        for _, kind, attempt, part, parts, key, text, final, about in self._all("replies_to_turn", turn):
+        for _, kind, attempt, part, parts, key, text, final, about in self._all(
+            "replies_to_turn", turn
+        ):
             if part > 1 and replies:
                 joined = replies[-1].text + (text or "")
                 replies[-1] = attrs.evolve(replies[-1], text=joined, final=bool(final))
@@ -299,7 +307,7 @@ class StoreReader:
         rows = self._all("turn_row", turn)
         if not rows:
             return []
-        (_, state, attempt, epoch, reason, crashes, _, begun_at, attempt_at, marked_at, settled_at,
+        (_, state, attempt, epoch, reason, crashes, _, _, attempt_at, marked_at, settled_at,
          retry_of, _, error) = rows[0]  # fmt: skip
         entries: list[TimelineEntry] = []
         if retry_of is not None:
@@ -416,7 +424,9 @@ def _marker_entry(at: int, reason: str) -> TimelineEntry:
 
 
 def _delivery_entries(row: tuple[Any, ...]) -> list[TimelineEntry]:
-    _, key, kind, part, parts, _, state, tries, error, repeat, created_at, delivered_at, attempt = row
+    _, key, kind, part, parts, _, state, tries, error, repeat, created_at, delivered_at, attempt = (
+        row
+    )
     of = f" part {part}/{parts}" if parts > 1 else ""
     entries = [
         TimelineEntry(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+
 import attrs
 
 from .._markers import Marker, ResumeReason, TurnState
@@ -59,7 +60,7 @@ class Begin:
 
 @attrs.define
 class Unreadable:
-    """A stored message that could not be read back; it was ended `failed` in the same transaction."""
+    """A stored message that could not be read back: ended `failed` in the same transaction."""
 
     message_id: str
     error: str
@@ -203,4 +204,3 @@ class Forgotten:
     texts: int
     messages: int
     next_seq: int | None
-

@@ -22,7 +22,7 @@ def parse_queries(text: str) -> dict[str, tuple[str, str]]:
 
 def read_sql(name: str) -> str:
     """The text of a `.sql` file of this package."""
-    return files(__package__).joinpath(name).read_text("utf-8")
+    return files(__name__.rpartition(".")[0]).joinpath(name).read_text("utf-8")
 
 
 _QUERIES: Final = parse_queries(read_sql("queries.sql"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar, TypeVarTuple
@@ -22,6 +22,7 @@ from .._errors import (
 )
 from .._markers import ResumeReason
 from .._messages import Cursor, Delivery, HistoryItem, Message, Reply, SessionKey
+from ._database import Database, open_database
 from ._ledger import Ledger
 from ._lock import StoreLock, open_private
 from ._reads import OpenTurnRow, StoreReader
@@ -229,14 +230,14 @@ async def open_store(
     clock: Clock | None = None,
     inline: bool = False,
     tap: Tap = no_tap,
-) -> AsyncIterator[SqliteStore]:
+) -> AsyncGenerator[SqliteStore, None]:
     """Open the store at `path`, or make it; leaving the block closes it.
 
     Raises `StoreInUse` (another process has it), `StoreCorrupt`, `StoreSchemaError`,
     `StoreIOError`; in each case the file was not changed. `inline` runs writes in the loop instead
     of on a thread. `tap` is called around every commit (see `testing.CrashPoints`).
     """
-    where = Path(path).absolute()
+    where = Path(path).absolute()  # noqa: ASYNC240 - pure, but for the current folder
     clock = clock or SystemClock()
     with lock_store(where):
         if inline:
@@ -256,7 +257,7 @@ async def open_store(
                 await store.aclose()
 
 
-class lock_store:  # noqa: N801 - reads as a verb, like open()
+class lock_store:
     """Hold the store's lock for a `with` block."""
 
     def __init__(self, path: Path) -> None:
@@ -269,13 +270,13 @@ class lock_store:  # noqa: N801 - reads as a verb, like open()
         self._lock.release()
 
 
-def connect(path: Path, clock: Clock) -> apsw.Connection:
+def connect(path: Path, clock: Clock) -> Database:
     """The writing connection: the file private, the library new enough, the pragmas asserted."""
     require_sqlite()
     os.close(open_private(path))
     try:
         version = _look_before(path)
-        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
+        db = open_database(path, write=True)
         _configure(db)
         _bring_schema(db, version, clock)
     except apsw.Error as error:
@@ -295,10 +296,10 @@ def require_sqlite() -> None:
         )
 
 
-def open_read_only(path: Path) -> apsw.Connection:
+def open_read_only(path: Path) -> Database:
     """A connection that cannot write, and so never checkpoints. Raises `StoreError`."""
     try:
-        db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+        db = open_database(path, write=False)
         db.set_busy_timeout(BUSY_MS)
         db.execute("PRAGMA trusted_schema = OFF")
         next(iter(db.execute("SELECT count(*) FROM sqlite_schema")))
@@ -346,7 +347,7 @@ def _look_before(path: Path) -> int:
     """The schema version of what is there, found without changing it; 0 for a new file."""
     if path.stat().st_size == 0 and not path.with_name(path.name + "-wal").exists():
         return 0
-    db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    db = open_database(path, write=False)
     try:
         db.set_busy_timeout(BUSY_MS)
         return _version(path, db)
@@ -354,7 +355,7 @@ def _look_before(path: Path) -> int:
         db.close()
 
 
-def _version(path: Path, db: apsw.Connection) -> int:
+def _version(path: Path, db: Database) -> int:
     version = int(_pragma(db, "user_version"))
     tables = int(next(iter(db.execute("SELECT count(*) FROM sqlite_schema")))[0])
     if not tables and not version:
@@ -378,7 +379,7 @@ def _other_version(path: Path, version: int) -> str:
     )
 
 
-def _configure(db: apsw.Connection) -> None:
+def _configure(db: Database) -> None:
     db.set_busy_timeout(BUSY_MS)
     db.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 1)
     wanted = {
@@ -397,11 +398,11 @@ def _configure(db: apsw.Connection) -> None:
             raise StoreError(f"PRAGMA {name} did not become {value}: the file system cannot do it")
 
 
-def _pragma(db: apsw.Connection, name: str) -> Any:
+def _pragma(db: Database, name: str) -> Any:
     return next(iter(db.execute(f"PRAGMA {name}")))[0]
 
 
-def _bring_schema(db: apsw.Connection, version: int, clock: Clock) -> None:
+def _bring_schema(db: Database, version: int, clock: Clock) -> None:
     """Create the schema, or migrate it from an older version, in one transaction."""
     if version == SCHEMA_VERSION:
         return
@@ -436,4 +437,3 @@ def _named(path: Path, error: apsw.Error) -> StoreError:
     if isinstance(translated, StoreError):
         return type(translated)(f"{path}: {translated}")
     return StoreError(f"{path}: {error}")
-

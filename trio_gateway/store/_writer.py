@@ -33,6 +33,7 @@ from .._errors import (
     StoreFull,
     StoreIOError,
 )
+from ._database import Database
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -48,7 +49,7 @@ Tap = Callable[[str], None]
 
 
 class Book(Protocol):
-    """Whose methods are run as operations: told where transactions begin and which came to nothing."""
+    """Whose methods are the operations: told where transactions begin and come to nothing."""
 
     def begins(self) -> None:
         """A transaction begins."""
@@ -109,14 +110,14 @@ def no_tap(moment: str) -> None:
 class _Transactions:
     """Runs batches over one connection."""
 
-    def __init__(self, db: apsw.Connection, tap: Tap, book: Book) -> None:
+    def __init__(self, db: Database, tap: Tap, book: Book) -> None:
         self._db = db
         self._tap = tap
         self._book = book
         self._wal_pages = 0
         db.set_wal_hook(self._count_pages)
 
-    def _count_pages(self, db: apsw.Connection, name: str, pages: int) -> int:
+    def _count_pages(self, db: object, name: str, pages: int) -> int:
         self._wal_pages = pages
         return apsw.SQLITE_OK
 
@@ -169,7 +170,7 @@ class _Transactions:
 class ThreadWriter:
     """The writer of a running gateway: group commit on a thread of its own."""
 
-    def __init__(self, db: apsw.Connection, book: Book, tap: Tap = no_tap) -> None:
+    def __init__(self, db: Database, book: Book, tap: Tap = no_tap) -> None:
         self._transactions = _Transactions(db, tap, book)
         self._queue: SimpleQueue[Operation[Any] | None] = SimpleQueue()
         self._token = trio.lowlevel.current_trio_token()
@@ -262,7 +263,7 @@ class InlineWriter:
     """Runs each write at once, in the loop. For tests on a virtual clock, which would run away
     while a thread works, and for tools that have nothing else to do."""
 
-    def __init__(self, db: apsw.Connection, book: Book, tap: Tap = no_tap) -> None:
+    def __init__(self, db: Database, book: Book, tap: Tap = no_tap) -> None:
         self._transactions = _Transactions(db, tap, book)
         self._closed = False
 
