@@ -131,12 +131,10 @@ class NotFound(GatewayError, LookupError):
 
 def unwrap(error: BaseException) -> BaseException:
     """What is alone inside groups of one; a group of several as it is."""
-    while isinstance(error, BaseExceptionGroup):
-        inside = cast("tuple[BaseException, ...]", error.exceptions)
-        if len(inside) != 1:
-            break
-        error = inside[0]
-    return error
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    inside = cast("tuple[BaseException, ...]", error.exceptions)
+    return unwrap(inside[0]) if len(inside) == 1 else cast("BaseException", error)
 
 
 def lone_cause(error: BaseException) -> str:

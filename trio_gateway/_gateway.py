@@ -427,7 +427,7 @@ class Gateway:
 
     def _fail(self, error: BaseException) -> None:
         if self.failure is None:
-            self.failure = _lone(error)
+            self.failure = unwrap(error)
         trace = "".join(traceback.format_exception(error))
         self._events.emit(GatewayFailed(error=repr(error), traceback=trace))
         self.request_stop(by="a failure of the gateway itself")

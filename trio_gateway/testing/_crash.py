@@ -45,7 +45,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -339,7 +339,7 @@ class _Campaign:
 
 
 @contextmanager
-def _blaming(death: Death) -> Iterator[None]:
+def _blaming(death: Death) -> Generator[None, None, None]:
     """Say where the process died that led to a failure."""
     try:
         yield
