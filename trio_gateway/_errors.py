@@ -133,8 +133,9 @@ def unwrap(error: BaseException) -> BaseException:
     """What is alone inside groups of one; a group of several as it is."""
     if not isinstance(error, BaseExceptionGroup):
         return error
-    inside = cast("tuple[BaseException, ...]", error.exceptions)
-    return unwrap(inside[0]) if len(inside) == 1 else cast("BaseException", error)
+    group = cast("BaseExceptionGroup[BaseException]", error)
+    inside = group.exceptions
+    return unwrap(inside[0]) if len(inside) == 1 else group
 
 
 def lone_cause(error: BaseException) -> str:

@@ -124,7 +124,7 @@ class Gateway:
         """What the stop did; None before."""
         self.failure: BaseException | None = None
         """What failed of the gateway's own code; leaving the block raises it."""
-        self.epoch = 0
+        self.epoch: int = 0
         """The number of this life in the store."""
         self.on_unresponsive: Callable[[DrainReport], None] | None = None
         """Called when turns did not end after they were cancelled, with everything written and the

@@ -30,9 +30,9 @@ class Link:
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        self.name = channel.name
-        self.connected = AsyncBool(False)
-        self.input_ended = AsyncBool(False)
+        self.name: str = channel.name
+        self.connected: AsyncBool = AsyncBool(False)
+        self.input_ended: AsyncBool = AsyncBool(False)
 
     async def wait_connected(self) -> None:
         """Wait until the channel can send."""

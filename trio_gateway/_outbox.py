@@ -89,7 +89,7 @@ class Outbox:
         self._arrivals: list[Delivery] = []
         self._arrived = trio.Event()
         self._emptied: trio.Event | None = None
-        self.undelivered = 0
+        self.undelivered: int = 0
         """Deliveries that have not arrived, or whose arrival is not recorded."""
 
     async def run(self) -> None:

@@ -60,12 +60,12 @@ class Sessions:
         self._parked: dict[str, deque[Claim]] = {}
         self._connected = connected
         self._collect = collect
-        self.slots_free = slots
-        self.open_messages = 0
+        self.slots_free: int = slots
+        self.open_messages: int = 0
         """Messages that have not reached an end, in the sessions of this gateway's channels."""
-        self.elsewhere = 0
+        self.elsewhere: int = 0
         """The same, in sessions of channels that this gateway does not have."""
-        self.door_open = True
+        self.door_open: bool = True
         """The door to turns: shut by a stop, never opened again."""
 
     def __len__(self) -> int:

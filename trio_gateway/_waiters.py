@@ -13,7 +13,7 @@ class Waiters:
     def __init__(self) -> None:
         self._events: dict[tuple[str, str], trio.Event] = {}
         self._idle: trio.Event | None = None
-        self.abandoned = False
+        self.abandoned: bool = False
 
     def event(self, channel: str, message_id: str) -> trio.Event:
         """An event that is set when the message reaches an end in this process."""
