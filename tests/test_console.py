@@ -201,7 +201,7 @@ async def test_progress_streams_below_what_is_being_typed() -> None:
         await person.types("en")
         assert "> and then▌\n" in person.screen.text
         person.channel.progress("ada", "")
-        assert (await person.looks()).endswith("> and then▌\n⋯ working")
+        assert (await person.looks()).endswith("> go\n> and then▌")
         await person.channel.send(answer("done", asked))
         assert (await person.looks()).endswith("\ndone\n\n> ▌")
         await person.types("\n")

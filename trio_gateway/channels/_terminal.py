@@ -96,6 +96,11 @@ class Terminal:
         await self._print("")
 
     def progress(self, text: str) -> None:
+        if not text:
+            self._waiting.clear()  # the turn has ended; it may have nothing to say
+        self._show_status(text)
+
+    def _show_status(self, text: str) -> None:
         self._status = text
         rows = self._status_rows()
         if (rows or self._rows) and self._writer.write_nowait(_below(rows).encode()):
@@ -103,7 +108,7 @@ class Terminal:
 
     def wait_for(self, message: str) -> None:
         self._waiting.add(message)
-        self.progress(self._status)
+        self._show_status(self._status)
 
     def wait_no_more(self, messages: Sequence[str]) -> None:
         self._waiting.difference_update(messages)
