@@ -211,6 +211,14 @@ def test_run_hosts_an_agent_over_jsonl(tmp_path: Path) -> None:
     assert (tmp_path / "gateway.db").exists()
 
 
+def test_run_answers_a_line_that_is_piped_into_it(tmp_path: Path) -> None:
+    write(tmp_path / "bot.py", ECHO)
+    done = trio_gateway("run", "bot.py:agent", "--session", "ada", cwd=tmp_path, stdin="hello\n")
+    assert (done.returncode, done.stdout) == (0, "hello\n"), done.stderr
+    log = [json.loads(told) for told in done.stderr.splitlines()]
+    assert {one["session"] for one in log if "session" in one} == {"console:ada"}
+
+
 @pytest.mark.parametrize("target", ["./bot.py:agent", "package.inner:Things.agent"])
 def test_run_finds_the_agent_by_file_or_module(tmp_path: Path, target: str) -> None:
     write(tmp_path / "bot.py", "from helper import agent\n")

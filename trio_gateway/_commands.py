@@ -124,10 +124,6 @@ def run(
     log_level
         From which level on the log tells something.
     """
-    from ._host import host
-    from ._loader import load_agent
-    from ._logs import logging_to_stderr
-
     options = {
         "store.path": None if store is None else str(store),
         "drain.grace": grace,
@@ -135,7 +131,14 @@ def run(
         "log.level": log_level,
     }
     told = load_config(config, os.environ, _given(options))
-    channel = _channel(told, jsonl=jsonl, session=session)
+    return _host(agent, told, _channel(told, jsonl=jsonl, session=session), signals)
+
+
+def _host(agent: str, told: Config, channel: Channel, signals: SignalDesk) -> int:
+    from ._host import host
+    from ._loader import load_agent
+    from ._logs import logging_to_stderr
+
     with logging_to_stderr(_log_level(told, channel), told.sections.log.format) as log:
         for warning in told.warnings():
             log.say("warning", "configuration", warning=warning)
