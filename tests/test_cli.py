@@ -61,9 +61,9 @@ LONG_TEXT = "a very long text " * 50
 EVIL_TEXT = "first\nsecond \x1b[31mred\x1b[0m \u202eright to left [bold]x[/bold]"
 
 
-async def think() -> str:
-    """A step."""
-    return "thought"
+async def think() -> None:
+    """A step that returns nothing."""
+    await trio.lowlevel.checkpoint()
 
 
 async def talk(turn: Turn) -> str:

@@ -30,6 +30,8 @@ from ._policy import step_name
 T = TypeVar("T")
 
 _converter: Final = make_converter()
+# What is annotated `-> None` reads back as None; cattrs does not know that by itself.
+_converter.register_structure_hook(type(None), lambda _value, _type: None)
 
 
 class Effect(StrEnum):
