@@ -194,6 +194,8 @@ class Inbox:
             sessions.line_up(session)
         if arrival.begin:
             self._turns.opened()
+        if arrival.command is not None:
+            self._desk.waiters.ended(session.key.channel, (arrival.message.id,))
         self._say_accepted(arrival.message, duplicate)
 
     def _note_changes(self, session: Session, result: Admitted) -> None:

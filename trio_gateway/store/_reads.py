@@ -174,34 +174,17 @@ class StoreReader:
         fate = self._all("message_fate", channel, message_id)
         if not fate:
             return None, ()
-        state, turn = fate[0]
-        return state, () if turn is None else self._replies(turn)
-
-    def _replies(self, turn: int) -> tuple[Reply, ...]:
-        session = self._session_of_turn(turn)
-        replies: list[Reply] = []
-        for _, kind, attempt, part, parts, key, text, final, about in self._all(
-            "replies_to_turn", turn
-        ):
-            if part > 1 and replies:
-                joined = replies[-1].text + (text or "")
-                replies[-1] = attrs.evolve(replies[-1], text=joined, final=bool(final))
-                continue
-            replies.append(
-                Reply(
-                    session=session,
-                    key=key if parts == 1 else key.rpartition(".")[0],
-                    text=text or "",
-                    in_reply_to=load_ids(about),
-                    attempt=attempt,
-                    final=bool(final),
-                    kind=ReplyKind(kind),
-                )
-            )
-        return tuple(replies)
+        state, turn, seq = fate[0]
+        if turn is not None:
+            return state, _replies(self._session_of_turn(turn), self._all("replies_to_turn", turn))
+        said = self._all("replies_about", seq, dump_ids((message_id,)))
+        return state, _replies(self._session_of_message(seq), said)
 
     def _session_of_turn(self, turn: int) -> SessionKey:
         return SessionKey(*self._all("session_of_turn", turn)[0])
+
+    def _session_of_message(self, seq: int) -> SessionKey:
+        return SessionKey(*self._all("session_of_message", seq)[0])
 
     # ----- for operators
 
@@ -382,6 +365,28 @@ class StoreReader:
         """What SQLite's own check finds wrong with the file; empty: nothing."""
         found = [str(row[0]) for row in self._db.execute("PRAGMA quick_check(20)")]
         return () if found == ["ok"] else tuple(found)
+
+
+def _replies(session: SessionKey, rows: Sequence[tuple[Any, ...]]) -> tuple[Reply, ...]:
+    """Replies from the rows of their deliveries, parts joined."""
+    replies: list[Reply] = []
+    for _, kind, attempt, part, parts, key, text, final, about in rows:
+        if part > 1 and replies:
+            joined = replies[-1].text + (text or "")
+            replies[-1] = attrs.evolve(replies[-1], text=joined, final=bool(final))
+            continue
+        replies.append(
+            Reply(
+                session=session,
+                key=key if parts == 1 else key.rpartition(".")[0],
+                text=text or "",
+                in_reply_to=load_ids(about),
+                attempt=attempt,
+                final=bool(final),
+                kind=ReplyKind(kind),
+            )
+        )
+    return tuple(replies)
 
 
 def _message_row(

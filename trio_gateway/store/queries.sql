@@ -480,7 +480,20 @@ WHERE turn = ? AND kind IN ('say', 'answer', 'apology') ORDER BY id;
 
 -- name: message_fate
 -- How one message of a channel stands.
-SELECT state, turn FROM message WHERE channel = ? AND id = ?;
+SELECT state, turn, seq FROM message WHERE channel = ? AND id = ?;
+
+-- name: replies_about
+-- What was said to a message that no turn took.
+SELECT n, kind, attempt, part, parts, key, text, final, about
+FROM delivery INDEXED BY delivery_loose
+WHERE turn IS NULL AND session = (SELECT session FROM message WHERE seq = ?1)
+  AND created_at >= (SELECT accepted_at FROM message WHERE seq = ?1)
+  AND about = ?2 ORDER BY id;
+
+-- name: session_of_message
+-- The session that a message belongs to.
+SELECT session.channel, session.name FROM message JOIN session ON session.id = message.session
+WHERE message.seq = ?;
 
 -- name: session_of_turn
 -- The session that a turn belongs to.
