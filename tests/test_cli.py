@@ -310,11 +310,14 @@ def test_p14_an_agent_module_that_raises_is_told_with_its_own_frames(
     assert not any("importlib" in one or "_loader" in one for one in lines)
 
 
-def test_p14_an_agent_module_that_raises_is_exit_1(tmp_path: Path) -> None:
-    write(tmp_path / "bot.py", "1 / 0\n")
+def test_p14_an_agent_module_that_raises_is_exit_1_and_tells_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BOT_TOKEN", "hunter2-hunter2")
+    write(tmp_path / "bot.py", "import os\nraise ValueError(os.environ['BOT_TOKEN'] + ' is bad')\n")
     done = trio_gateway("run", "bot.py:agent", "--jsonl", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.endswith("trio-gateway: ZeroDivisionError: division by zero\n")
+    assert done.stderr.endswith("trio-gateway: ValueError: [secret] is bad\n")
 
 
 def test_a_file_that_is_called_like_a_module_does_not_replace_it(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Final
 
 from ._errors import AgentNotUsable, ConfigError, GatewayError
-from ._logs import escape
+from ._logs import escape, redact, secrets_in
 from ._signals import SignalDesk
 from .channels._fds import keep_standard_fds
 
@@ -69,11 +69,11 @@ def _guarded(command: Callable[[], int]) -> int:
 
 
 def _complain(text: str) -> None:
-    """One line each on standard error; nothing in it that a terminal obeys."""
+    """One line each on standard error; nothing in it that is secret or that a terminal obeys."""
     if sys.stderr is None:  # closed by whoever started us; print would take standard output
         return
     with suppress(OSError, ValueError):
-        for line in text.splitlines():
+        for line in redact(text, secrets_in(os.environ)).splitlines():
             print(f"trio-gateway: {escape(line)}", file=sys.stderr)  # noqa: T201
 
 
