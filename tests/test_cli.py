@@ -77,6 +77,7 @@ async def talk(turn: Turn) -> str:
 
 async def refuse_blocked(delivery: Delivery) -> None:
     """The platform says no to one session."""
+    await trio.lowlevel.checkpoint()
     if delivery.session.name == "blocked":
         raise Undeliverable("blocked by the user")
 
