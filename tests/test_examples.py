@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ class Assistant:
 
 
 @contextmanager
-def assistant(where: Path, pace: float = 0.05) -> Iterator[Assistant]:
+def assistant(where: Path, pace: float = 0.05) -> Generator[Assistant, None, None]:
     """An assistant for the length of the block."""
     started = Assistant(where, pace)
     try:

@@ -15,7 +15,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ class Terminal:
 
 
 @contextmanager
-def terminal(where: Path) -> Iterator[Terminal]:
+def terminal(where: Path) -> Generator[Terminal, None, None]:
     """A terminal for the length of the block."""
     opened = Terminal(where)
     try:
