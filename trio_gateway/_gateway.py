@@ -542,6 +542,9 @@ class _House:
     def knows_channel(self, channel: str) -> bool:
         return self._links.has(channel)
 
+    def connected(self, channel: str) -> bool:
+        return self._links.connected(channel)
+
     async def wait_connected(self, channel: str) -> None:
         link = self._links.get(channel)
         if link is not None:
@@ -552,7 +555,8 @@ class _House:
         for pending in recovered.turns:
             if self.knows_channel(pending.session.channel):
                 session = sessions.get(pending.session)
-                session.id, session.busy = pending.session_id, True
+                session.id = pending.session_id
+                sessions.hold(session, pending.id)
                 sessions.opened(session, len(pending.message_ids))
         for waiting in recovered.waiting:
             if self.knows_channel(waiting.session.channel):

@@ -216,6 +216,7 @@ class Inbox:
         """A turn was ended STOPPED in the store: end its child too."""
         child = self._turns.of_turn(turn)
         self._turns.cancel(turn, why)
+        self._turns.give_up_resuming(key, turn)
         self._desk.events.emit(
             TurnSettled(
                 session=key,
@@ -242,8 +243,9 @@ class Inbox:
         turn, resolved = await self._desk.store.stop_by_key(key)
         if turn is None:
             return False
-        session = self._desk.sessions.get(key)
-        self._desk.sessions.opened(session, -len(resolved))
+        session = self._desk.sessions.find(key)
+        if session is not None:
+            self._desk.sessions.opened(session, -len(resolved))
         self.note_stopped(key, turn, Why.STOPPED)
         self._desk.waiters.ended(key.channel, resolved)
         return True

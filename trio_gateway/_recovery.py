@@ -10,7 +10,8 @@ Nobody else waits for any of this: a session without an interrupted turn is serv
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 import attrs
@@ -42,6 +43,10 @@ class House(Protocol):
 
     def knows_channel(self, channel: str) -> bool:
         """Whether this gateway serves the sessions of that channel."""
+        ...
+
+    def connected(self, channel: str) -> bool:
+        """Whether the channel is connected."""
         ...
 
     async def wait_connected(self, channel: str) -> None:
@@ -145,13 +150,27 @@ async def _resume_one(
     house: House,
     authorize: Callable[[Message], Awaitable[bool]] | None,
 ) -> None:
-    await house.wait_connected(pending.session.channel)
-    async with limiter:
+    channel = pending.session.channel
+    async with _place(limiter, channel, house):
         refusal = None if authorize is None else await _still_allowed(pending, store, authorize)
         if refusal is None:
             await house.resume(pending)
         else:
             await house.end([(pending, house.end_of(pending, *refusal))])
+
+
+@asynccontextmanager
+async def _place(
+    limiter: trio.CapacityLimiter, channel: str, house: House
+) -> AsyncGenerator[None, None]:
+    """Hold one of the places of those that resume, with the channel connected: a channel that is
+    gone again by the time keeps nobody else waiting."""
+    while True:
+        await house.wait_connected(channel)
+        async with limiter:
+            if house.connected(channel):
+                yield
+                return
 
 
 async def _still_allowed(

@@ -26,7 +26,8 @@ class Session:
 
     `open` counts messages that have not reached an end, those on their way into the store
     included; `queued` those in the store that no turn has taken. `busy`: a turn is open, or
-    about to be. `accepting` counts commits on their way. `collect`: the next turn takes all.
+    about to be. `pending` is the turn that is to resume, until it does: it keeps the session
+    busy. `accepting` counts commits on their way. `collect`: the next turn takes all.
     `misses`: begins in a row that found no mail.
     """
 
@@ -36,6 +37,7 @@ class Session:
     queued: int = 0
     accepting: int = 0
     busy: bool = False
+    pending: int | None = None
     in_line: bool = False
     collect: bool = False
     misses: int = 0
@@ -86,8 +88,14 @@ class Sessions:
         return self._sessions.get(key)
 
     def let_go(self, session: Session) -> None:
-        """Forget the session if nothing is open in it any more."""
-        if not (session.open or session.busy or session.accepting or session.deliveries):
+        """Forget the session if nothing is open in it any more, and nobody holds it."""
+        if not (
+            session.open
+            or session.busy
+            or session.in_line
+            or session.accepting
+            or session.deliveries
+        ):
             self._sessions.pop(session.key, None)
 
     # ----- counting
@@ -99,20 +107,19 @@ class Sessions:
 
     def queue(self, session: Session, count: int) -> None:
         """`count` messages more (or less) wait in the store; who waits for mail is woken."""
-        session.queued += count
+        session.queued = max(0, session.queued + count)
         if session.mail is not None and session.queued > 0:
             session.mail.set()
+            session.mail = None
 
     async def wait_mail(self, session: Session) -> None:
         """Wait until a message waits in the session, or the door is shut."""
         if session.queued > 0 or not self.door_open:
             await trio.lowlevel.checkpoint()
             return
-        session.mail = trio.Event()
-        try:
-            await session.mail.wait()
-        finally:
-            session.mail = None
+        if session.mail is None:
+            session.mail = trio.Event()
+        await session.mail.wait()
 
     def shut_door(self) -> None:
         """No turn begins any more. Does not wait, cannot fail."""
@@ -159,9 +166,27 @@ class Sessions:
         else:
             self.let_go(session)
 
-    def line_up_resume(self, session: Session, pending: PendingTurn) -> None:
-        """Put a turn that resumes at the end of the line; its session is busy since boot."""
+    def hold(self, session: Session, turn: int) -> None:
+        """Keep the session busy for a turn that is to resume."""
+        session.busy, session.pending = True, turn
+
+    def release_hold(self, session: Session, turn: int) -> bool:
+        """The turn that kept the session busy will not resume: the session goes on. False: it does
+        not keep it busy (any more)."""
+        if session.pending != turn:
+            return False
+        session.busy, session.pending = False, None
+        self.line_up(session)
+        return True
+
+    def line_up_resume(self, pending: PendingTurn) -> bool:
+        """Put a turn that resumes at the end of the line; its session is busy since boot. False: it
+        was ended before its turn came."""
+        session = self._sessions.get(pending.session)
+        if session is None or session.pending != pending.id:
+            return False
         self._enqueue(Claim(session, pending))
+        return True
 
     def _enqueue(self, claim: Claim) -> None:
         channel = claim.session.key.channel
@@ -181,6 +206,7 @@ class Sessions:
         claim = self._first(lambda _: True)
         if claim is not None:
             self.occupy(claim.session)
+            claim.session.pending = None
         return claim
 
     def next_begin_after(self, session: Session) -> Session | None:
@@ -203,7 +229,9 @@ class Sessions:
         """Take the first in line whose channel is connected, if it is `wanted`."""
         while self._line:
             claim = self._line[0]
-            if not self._connected(claim.session.key.channel):
+            if self._is_void(claim):
+                self._line.popleft()
+            elif not self._connected(claim.session.key.channel):
                 self._line.popleft()
                 self._enqueue(claim)
             elif not wanted(claim):
@@ -212,6 +240,16 @@ class Sessions:
                 claim.session.in_line = False
                 return self._line.popleft()
         return None
+
+    def _is_void(self, claim: Claim) -> bool:
+        """Whether what the claim was for has ended meanwhile (/stop)."""
+        if claim.pending is not None:
+            return claim.session.pending != claim.pending.id
+        if claim.session.queued > 0:
+            return False
+        claim.session.in_line = False
+        self.let_go(claim.session)
+        return True
 
     def begin_request(self, session: Session) -> Begin:
         """What to ask the store for: one message, or all that wait."""

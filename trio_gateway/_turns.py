@@ -270,9 +270,19 @@ class Turns:
     async def resume(self, pending: PendingTurn) -> None:
         """Put an interrupted turn in line; return when its next attempt has ended."""
         over = self._resuming[pending.id] = trio.Event()
-        self._desk.sessions.line_up_resume(self._desk.sessions.get(pending.session), pending)
-        self.dispatch()
-        await over.wait()
+        if self._desk.sessions.line_up_resume(pending):
+            self.dispatch()
+            await over.wait()
+        else:
+            del self._resuming[pending.id]
+            await trio.lowlevel.checkpoint()
+
+    def give_up_resuming(self, key: SessionKey, turn: int) -> None:
+        """A turn that waits to resume was ended: its session goes on without waiting for it."""
+        session = self._desk.sessions.find(key)
+        if session is not None and self._desk.sessions.release_hold(session, turn):
+            self._over(turn)
+            self._after_change()
 
     async def _resume(self, session: Session, pending: PendingTurn) -> None:
         self.opening()
@@ -299,10 +309,7 @@ class Turns:
         slot yet."""
         await self._write_pending_ends(ends)
         for pending, _ in ends:
-            session = self._desk.sessions.get(pending.session)
-            session.busy = False
-            self._desk.sessions.line_up(session)
-        self._after_change()
+            self.give_up_resuming(pending.session, pending.id)
 
     async def _write_pending_ends(self, ends: Sequence[tuple[PendingTurn, Settlement]]) -> None:
         store = self._desk.store
@@ -943,7 +950,7 @@ class _Arrivals:
 
     async def __anext__(self) -> Message:
         turn = self._turn
-        while not turn.draining.value and not turn._closed:
+        while turn._desk.sessions.door_open and not turn._closed:
             message = await turn.take()
             if message is not None:
                 return message
