@@ -336,11 +336,6 @@ WHERE turn IS NULL AND created_at < ? AND state IN ('delivered', 'dropped');
 -- A turn that was put aside.
 SELECT id, session FROM turn WHERE id = ? AND state = 'QUARANTINED';
 
--- name: quarantined_ids
--- Every turn that was put aside and whose messages still wait for a person.
-SELECT DISTINCT turn.id FROM turn JOIN message ON message.turn = turn.id
-WHERE turn.state = 'QUARANTINED' AND message.state = 'quarantined' ORDER BY turn.id;
-
 -- name: drop_quarantined
 -- A person gives a quarantined turn's messages up: they end for good.
 UPDATE message SET state = 'failed', error = 'dropped from quarantine'
@@ -366,9 +361,9 @@ ORDER BY message.seq DESC LIMIT ?;
 -- name: said_in
 -- What a turn said, in order.
 SELECT n, group_concat(text, ''), max(created_at) FROM
-  (SELECT n, kind, text, created_at FROM delivery WHERE turn = ? AND text IS NOT NULL
+  (SELECT id, n, kind, attempt, text, created_at FROM delivery WHERE turn = ? AND text IS NOT NULL
    AND kind IN ('say', 'answer', 'apology') ORDER BY id)
-GROUP BY n, kind ORDER BY max(created_at), n;
+GROUP BY n, kind, attempt ORDER BY min(id);
 
 -- name: place_of_turn
 -- Where a turn stands in its session: before its first message is the past.
