@@ -87,6 +87,11 @@ class Links:
             return (text,)
         return split_text(text, link.channel.text_limit, link.channel.text_length)
 
+    def shows_work(self, name: str) -> bool:
+        """Whether the channel wants to know the end of every turn."""
+        link = self._links.get(name)
+        return link is not None and link.channel.shows_work
+
     def show(self, name: str, session: str, text: str) -> None:
         """Show a turn's progress, where the channel can; a fault of it is not the turn's."""
         link = self._links.get(name)

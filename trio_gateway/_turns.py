@@ -895,8 +895,9 @@ class Turn:
     def _close(self) -> None:
         """The agent's call is over; what was shown goes with it."""
         self._closed = True
-        if self._showing:
-            self._desk.links.show(self._turn.session.channel, self._turn.session.name, "")
+        session, links = self._turn.session, self._desk.links
+        if self._showing or links.shows_work(session.channel):
+            links.show(session.channel, session.name, "")
 
 
 class _Memory:

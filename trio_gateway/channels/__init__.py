@@ -32,6 +32,9 @@ class Channel(ABC):
                   once. Where it does not, a repeat whose first outcome is unknown is labelled
                   (`delivery.repeat`).
     `text_limit`  the longest text that one send takes, measured by `text_length`; None: any.
+    `shows_work`  whether it shows by itself that a turn is at work, from the message on; it is then
+                  told the end of every turn by `progress(session, "")`, not only of those that
+                  showed progress.
     `notices`     whether the people behind it want news of the gateway itself (restarts).
     """
 
@@ -39,6 +42,7 @@ class Channel(ABC):
     idempotent: bool = False
     text_limit: int | None = None
     notices: bool = True
+    shows_work: bool = False
 
     @abstractmethod
     async def serve(self, intake: Intake, *, task_status: trio.TaskStatus[None]) -> None:

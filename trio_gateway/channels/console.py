@@ -34,6 +34,7 @@ class ConsoleChannel(Channel):
 
     name = "console"
     idempotent = False
+    shows_work = True
 
     def __init__(
         self, session: str = "console", *, read_fd: int = 0, write_fd: int = 1, notes_fd: int = 2
