@@ -22,7 +22,7 @@ from .._errors import (
 )
 from .._markers import ResumeReason
 from .._messages import Cursor, Delivery, HistoryItem, Message, Reply, SessionKey
-from ._database import Database, open_database
+from ._database import Database, open_database, translate
 from ._ledger import Ledger
 from ._lock import StoreLock, open_private
 from ._reads import OpenTurnRow, StoreReader
@@ -41,7 +41,7 @@ from ._records import (
     Settlement,
 )
 from ._sql import read_sql
-from ._writer import InlineWriter, Tap, ThreadWriter, Writer, no_tap, translate
+from ._writer import InlineWriter, Tap, ThreadWriter, Writer, no_tap
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -95,7 +95,10 @@ class SqliteStore:
     # ----- boot and end
 
     async def recover(self) -> Recovered:
-        return await self._run(self._ledger.recover)
+        try:
+            return await self._run(self._ledger.recover)
+        except StoreCorrupt as error:
+            raise _damaged(self.path, error) from error
 
     async def touch(self) -> None:
         await self._run(self._ledger.touch)
@@ -244,8 +247,8 @@ async def open_store(
             db = connect(where, clock)
         else:
             db = await trio.to_thread.run_sync(connect, where, clock)
+        ledger = _ledger_of(where, db, clock)
         reader = StoreReader(open_read_only(where))
-        ledger = Ledger(db, clock)
         writer = InlineWriter(db, ledger, tap) if inline else ThreadWriter(db, ledger, tap)
         store = SqliteStore(where, writer, ledger, reader)
         try:
@@ -336,11 +339,12 @@ def edit_store(path: str | os.PathLike[str], change: Callable[[Ledger], T]) -> T
     with lock_store(where):
         clock = SystemClock()
         db = connect(where, clock)
+        ledger = _ledger_of(where, db, clock)
+        writer = InlineWriter(db, ledger)
         try:
-            ledger = Ledger(db, clock)
-            return InlineWriter(db, ledger).run_sync(change, ledger)
+            return writer.run_sync(change, ledger)
         finally:
-            db.close()
+            writer.close()
 
 
 def _look_before(path: Path) -> int:
@@ -427,13 +431,27 @@ def _keep_private(path: Path) -> None:
             path.with_name(path.name + suffix).chmod(0o600)
 
 
+def _ledger_of(path: Path, db: Database, clock: Clock) -> Ledger:
+    # Until we have written ourselves: whoever refuses a file leaves it, and its WAL, alone.
+    db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+    try:
+        return Ledger(db, clock)
+    except apsw.Error as error:
+        db.close()
+        raise _named(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> StoreCorrupt:
+    return StoreCorrupt(
+        f"{path} is damaged or no database ({error}). It was not changed: move it away and"
+        " restore a copy, or name another store with --store"
+    )
+
+
 def _named(path: Path, error: apsw.Error) -> StoreError:
     translated = translate(error)
     if isinstance(translated, StoreCorrupt):
-        return StoreCorrupt(
-            f"{path} is damaged or no database ({error}). It was not changed: move it away and"
-            " restore a copy, or name another store with --store"
-        )
+        return _damaged(path, error)
     if isinstance(translated, StoreError):
         return type(translated)(f"{path}: {translated}")
     return StoreError(f"{path}: {error}")

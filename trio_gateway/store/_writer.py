@@ -25,15 +25,8 @@ import apsw
 import outcome
 import trio
 
-from .._errors import (
-    StoreBusy,
-    StoreClosed,
-    StoreCorrupt,
-    StoreError,
-    StoreFull,
-    StoreIOError,
-)
-from ._database import Database
+from .._errors import StoreClosed, StoreError
+from ._database import Database, translate
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -45,7 +38,8 @@ CHECKPOINT_PAGES: Final = 2000
 """The WAL is written back to the database when it has grown by this many pages (8 MiB)."""
 
 Tap = Callable[[str], None]
-"""Called with "before" and "after" around every commit; what it raises, the commit raises."""
+"""Called with "before" and "after" around every commit. What it raises before, the commit raises;
+afterwards the commit stands, whatever is raised."""
 
 
 class Book(Protocol):
@@ -115,17 +109,26 @@ class _Transactions:
         self._tap = tap
         self._book = book
         self._wal_pages = 0
-        db.set_wal_hook(self._count_pages)
+        self._is_done = False
+        self._has_written = False
+        db.set_wal_hook(self._note_done)
 
-    def _count_pages(self, db: object, name: str, pages: int) -> int:
+    def _note_done(self, db: object, name: str, pages: int) -> int:
+        """SQLite calls this once a commit stands, whatever COMMIT itself goes on to return."""
+        self._is_done = self._has_written = True
         self._wal_pages = pages
         return apsw.SQLITE_OK
 
     def commit(self, batch: list[Operation[Any]]) -> None:
         """Give every operation of the batch its outcome."""
+        self._is_done = False
         try:
             self._commit_together(batch)
         except Exception as error:
+            if self._is_done:
+                # An error after the fact. To ask again would find the messages known and the
+                # turns begun, and nobody would run them.
+                return
             self._roll_back()
             if len(batch) == 1:
                 batch[0].outcome = outcome.Error(translate(error))
@@ -163,7 +166,9 @@ class _Transactions:
             return
 
     def close(self) -> None:
-        """Write the WAL back and close."""
+        """Write the WAL back and close. A file that was refused at boot is left as it is."""
+        if self._has_written:
+            self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
         self._db.close()
 
 
@@ -297,6 +302,10 @@ class InlineWriter:
 
     async def aclose(self) -> None:
         await trio.lowlevel.cancel_shielded_checkpoint()
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
         if not self._closed:
             self._closed = True
             self._transactions.close()
@@ -310,29 +319,3 @@ def _wake(batch: list[Operation[Any]]) -> None:
     for operation in batch:
         if operation.task is not None and operation.outcome is not None:
             trio.lowlevel.reschedule(operation.task, operation.outcome)
-
-
-_KINDS: Final[tuple[tuple[type[apsw.Error], type[StoreError], str], ...]] = (
-    (apsw.FullError, StoreFull, "the disk is full: make room; it is tried again"),
-    (apsw.CorruptError, StoreCorrupt, "the database is damaged: restore a copy of the file"),
-    (apsw.NotADBError, StoreCorrupt, "the file is not a database"),
-    (apsw.BusyError, StoreBusy, "another process keeps the database locked"),
-    (apsw.LockedError, StoreBusy, "another connection keeps the database locked"),
-    (apsw.ReadOnlyError, StoreIOError, "the database cannot be written: look at its permissions"),
-    (apsw.CantOpenError, StoreIOError, "the database file cannot be opened"),
-    (apsw.IOError, StoreIOError, "the disk failed"),
-)
-
-
-def translate(error: BaseException) -> BaseException:
-    """Our error for one of the database's; any other error as it is."""
-    if not isinstance(error, apsw.Error):
-        return error
-    for foreign, ours, meaning in _KINDS:
-        if isinstance(error, foreign):
-            made = ours(f"{meaning} ({error})")
-            break
-    else:
-        made = StoreError(f"the store refused a write: {error}")
-    made.__cause__ = error
-    return made
