@@ -101,8 +101,7 @@ class CrashPoints:
 
     Hand it to `open_gateway(tap=...)` or `open_store(tap=...)`. Without a `point` it only counts.
     `death` is what happens there: the process is killed, unless told otherwise. One that raises
-    (an `apsw.IOError`, say) makes the commit fail: before it, nothing was written; after it, it
-    *was* written and nobody knows.
+    before a commit (an `apsw.IOError`, say) makes it fail.
     """
 
     def __init__(
