@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Final, TypeVar
 
-import apsw
 from cyclopts import App, CycloptsError, Parameter
 
 from . import _views
@@ -20,7 +19,6 @@ from ._errors import ConfigError, NotFound, StoreError
 from ._signals import SignalDesk
 from .channels import Channel
 from .store import DeadLetter, Ledger, QuarantineRow, StoreReader, edit_store, read_store
-from .store._writer import translate
 
 T = TypeVar("T")
 
@@ -80,8 +78,8 @@ def _reading(store: Path | None, config: Path | None) -> Generator[StoreReader]:
     reader = read_store(path)
     try:
         yield reader
-    except apsw.Error as error:
-        raise StoreError(f"{path}: {translate(error)}; see trio-gateway doctor") from error
+    except StoreError as error:
+        raise type(error)(f"{path}: {error}; see trio-gateway doctor") from error
     finally:
         reader.close()
 

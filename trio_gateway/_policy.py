@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from enum import StrEnum
-from typing import Final
+from functools import cache
+from typing import TYPE_CHECKING, Final
 
 import attrs
-import regex
 
 from ._markers import Marker, ResumeReason
 from ._messages import Message, is_channel_name
+
+if TYPE_CHECKING:
+    import regex
 
 # ----- limits and settings that decisions need
 
@@ -293,7 +296,6 @@ class DeliveryRules:
 
 # ----- splitting
 
-_GRAPHEME: Final = regex.compile(r"\X")
 _BREAKS: Final = ("\n\n", "\n", " ")
 
 
@@ -328,8 +330,16 @@ def _cut(text: str, limit: int, length: Callable[[str], int]) -> int:
     return _grapheme_boundary(text, end)
 
 
+@cache
+def _grapheme() -> regex.Pattern[str]:
+    # Imported when the first text has to be cut: it takes a while, and most texts are short.
+    import regex
+
+    return regex.compile(r"\X")
+
+
 def _ends_grapheme(text: str, end: int) -> bool:
-    match = _GRAPHEME.match(text, end - 1)
+    match = _grapheme().match(text, end - 1)
     return match is not None and match.end() == end
 
 
@@ -348,7 +358,7 @@ def _longest_prefix(text: str, limit: int, length: Callable[[str], int]) -> int:
 def _grapheme_boundary(text: str, end: int) -> int:
     """The last boundary between graphemes at or before `end`; `end` itself if there is none."""
     boundary = 0
-    for match in _GRAPHEME.finditer(text):
+    for match in _grapheme().finditer(text):
         if match.end() > end:
             break
         boundary = match.end()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Final, Protocol, TypeAlias, cast
 
 import apsw
+
+from .._errors import StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreIOError
 
 Row: TypeAlias = tuple[Any, ...]
 Values: TypeAlias = Sequence[Any]
@@ -72,3 +74,29 @@ def open_database(path: Path, *, write: bool) -> Database:
     """A connection to the file at `path`, which exists."""
     flags = apsw.SQLITE_OPEN_READWRITE if write else apsw.SQLITE_OPEN_READONLY
     return cast("Database", apsw.Connection(str(path), flags=flags))
+
+
+_KINDS: Final[tuple[tuple[type[apsw.Error], type[StoreError], str], ...]] = (
+    (apsw.FullError, StoreFull, "the disk is full: make room; it is tried again"),
+    (apsw.CorruptError, StoreCorrupt, "the database is damaged: restore a copy of the file"),
+    (apsw.NotADBError, StoreCorrupt, "the file is not a database"),
+    (apsw.BusyError, StoreBusy, "another process keeps the database locked"),
+    (apsw.LockedError, StoreBusy, "another connection keeps the database locked"),
+    (apsw.ReadOnlyError, StoreIOError, "the database cannot be written: look at its permissions"),
+    (apsw.CantOpenError, StoreIOError, "the database file cannot be opened"),
+    (apsw.IOError, StoreIOError, "the disk failed"),
+)
+
+
+def translate(error: BaseException) -> BaseException:
+    """Our error for one of the database's; any other error as it is."""
+    if not isinstance(error, apsw.Error):
+        return error
+    for foreign, ours, meaning in _KINDS:
+        if isinstance(error, foreign):
+            made = ours(f"{meaning} ({error})")
+            break
+    else:
+        made = StoreError(f"the store refused a write: {error}")
+    made.__cause__ = error
+    return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from .._errors import StoreInUse, StoreIOError
@@ -19,9 +20,7 @@ class StoreLock:
     def acquire(self) -> None:
         """Take the lock. Raises `StoreInUse`, naming the holder's pid."""
         fd = open_private(self.path)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(fd, fcntl.LOCK_EX, tries=3):
             holder = _read_pid(fd)
             os.close(fd)
             who = f"process {holder}" if holder else "another process"
@@ -29,7 +28,7 @@ class StoreLock:
                 f"{self.path.with_suffix('')} is in use by {who}: stop it first, or name"
                 " another store",
                 holder,
-            ) from None
+            )
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._fd = fd
@@ -43,15 +42,27 @@ class StoreLock:
 
 def holder_of(store: Path) -> int | None:
     """The pid of the process that has `store` open, or None when nobody has."""
-    lock = StoreLock(store)
-    if not lock.path.exists():
+    path = StoreLock(store).path
+    if not path.exists():
         return None
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        lock.acquire()
-    except StoreInUse as error:
-        return error.pid or 0
-    lock.release()
-    return None
+        return None if _locked(fd, fcntl.LOCK_SH) else _read_pid(fd) or 0
+    finally:
+        os.close(fd)
+
+
+def _locked(fd: int, kind: int, tries: int = 1) -> bool:
+    """Take a lock if it is free. More than one try outlasts whoever only looks who holds it."""
+    for left in reversed(range(tries)):
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if left:
+                time.sleep(0.02)
+        else:
+            return True
+    return False
 
 
 def _read_pid(fd: int) -> int | None:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+import apsw
 import attrs
 
 from .._clock import as_datetime
 from .._errors import NotFound
 from .._messages import HistoryItem, Reply, ReplyKind, SessionKey
 from ._codec import BadRow, dump_ids, load_ids, load_message, when
-from ._database import Database
+from ._database import Database, translate
 from ._sql import query
 
 
@@ -128,7 +129,10 @@ class StoreReader:
         self._db.close()
 
     def _all(self, name: str, *args: Any) -> list[tuple[Any, ...]]:
-        return list(self._db.execute(query(name), args))
+        try:
+            return list(self._db.execute(query(name), args))
+        except apsw.Error as error:
+            raise translate(error) from error
 
     # ----- for agents and channels
 
