@@ -166,12 +166,10 @@ class Gateway:
         settled = self._waiters.event(channel, message.id)
         receipt = await self.accept(message)
         if not receipt.accepted:
-            self._waiters.forget(channel, message.id)
             raise refused_error(receipt)
         if receipt.status is ReceiptStatus.DUPLICATE:
             state, replies = await self._store.replies_to(channel, message.id)
             if state in _ENDS:
-                self._waiters.forget(channel, message.id)
                 return replies
         await settled.wait()
         if self._stopped.is_set() or self._waiters.abandoned:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -11,17 +12,15 @@ class Waiters:
     """Wakes whoever asked for a message's answer, or for the gateway to have nothing to do."""
 
     def __init__(self) -> None:
-        self._events: dict[tuple[str, str], trio.Event] = {}
+        # Weak: who asked holds the event, and several may ask for one message.
+        self._events: WeakValueDictionary[tuple[str, str], trio.Event] = WeakValueDictionary()
         self._idle: trio.Event | None = None
         self.abandoned: bool = False
 
     def event(self, channel: str, message_id: str) -> trio.Event:
-        """An event that is set when the message reaches an end in this process."""
+        """An event that is set when the message reaches an end in this process. Keep it for as
+        long as you wait."""
         return self._events.setdefault((channel, message_id), trio.Event())
-
-    def forget(self, channel: str, message_id: str) -> None:
-        """Nobody waits for this message any more."""
-        self._events.pop((channel, message_id), None)
 
     def __bool__(self) -> bool:
         return bool(self._events)
@@ -36,7 +35,7 @@ class Waiters:
     def abandon(self) -> None:
         """The gateway has stopped: nobody's wait will end any other way."""
         self.abandoned = True
-        for event in self._events.values():
+        for event in list(self._events.values()):
             event.set()
         self._events.clear()
         self.idle()
