@@ -5,7 +5,6 @@ A Python that is not installed is skipped, except where CI is set: there it is a
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -126,7 +125,4 @@ def _expect_echo(session: nox.Session, command: Path) -> None:
 def bench(session: nox.Session) -> None:
     """The figures: ratios to a bare program that makes the same commits. One JSON object."""
     session.install("-e", ".")
-    report = session.run(
-        "python", "-m", "benchmarks", "floor", "--json", *session.posargs, silent=True
-    )
-    print(json.dumps(json.loads(str(report)), indent=2))
+    session.run("python", "-m", "benchmarks", "floor", "--json", *session.posargs)
