@@ -12,6 +12,7 @@ back from the store.
 from __future__ import annotations
 
 import inspect
+import math
 import typing
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -28,6 +29,8 @@ from ._errors import AgentMisuse, StepInDoubt, StepNotStorable, lone_cause
 from ._policy import step_name
 
 T = TypeVar("T")
+
+_THREADS: Final = trio.CapacityLimiter(math.inf)
 
 _converter: Final = make_converter()
 # What is annotated `-> None` reads back as None; cattrs does not know that by itself.
@@ -64,7 +67,9 @@ def return_type(fn: Callable[..., object]) -> Any:
     """What `fn` says that it returns; `Any` if it does not say."""
     while isinstance(fn, partial):
         fn = fn.func
-    target = fn if inspect.isroutine(fn) or inspect.isclass(fn) else type(fn).__call__
+    if inspect.isclass(fn):
+        return fn
+    target = fn if inspect.isroutine(fn) else type(fn).__call__
     try:
         return typing.get_type_hints(target).get("return", Any)
     except (NameError, TypeError, AttributeError):
@@ -117,11 +122,17 @@ class Steps:
     memory: Memory
     known: dict[str, str | None]
     _uses: Counter[str] = attrs.field(factory=Counter[str], init=False)
+    _taken: set[str] = attrs.field(factory=set[str], init=False)
 
     def next_name(self, base: str) -> str:
-        """The name of the next step called `base`: in a loop, the n-th time is the n-th step."""
-        self._uses[base] += 1
-        return step_name(base, self._uses[base])
+        """The name of the next step called `base`: in a loop, the n-th time is the n-th step. Never
+        one that is taken, also if somebody calls a step what the second of another is called."""
+        while True:
+            self._uses[base] += 1
+            name = step_name(base, self._uses[base])
+            if name not in self._taken:
+                self._taken.add(name)
+                return name
 
     async def do(
         self, fn: Callable[..., Any], args: tuple[Any, ...], name: str | None, effect: Effect
@@ -151,7 +162,13 @@ async def call(fn: Callable[..., Any], *args: Any) -> Any:
     """Call a function of either colour; a plain one in a thread, which a cancellation abandons."""
     if is_async(fn):
         return await cast("Awaitable[Any]", fn(*args))
-    result = await trio.to_thread.run_sync(partial(fn, *args), abandon_on_cancel=True)
+
+    def work() -> list[Any]:
+        return [fn(*args)]  # in a list, because Trio refuses to hand out something to await
+
+    # Whoever calls has a slot already. Trio's own limit would let 40 plain agents, each of which
+    # waits for a step in a thread, wait for ever.
+    (result,) = await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=_THREADS)
     return await result if inspect.isawaitable(result) else result
 
 

@@ -70,6 +70,8 @@ class SqliteStore:
         self._ledger = ledger
         self._reader = reader
         self._read_lock = trio.Lock()
+        # Not Trio's own: agents that sit in all of its threads may wait for what is read here.
+        self._read_limit = trio.CapacityLimiter(1)
         self._reads_inline = isinstance(writer, InlineWriter)
         self._closed = False
         self._run = writer.run
@@ -88,7 +90,7 @@ class SqliteStore:
                 if self._reads_inline:
                     return call(*args)
                 # Shielded by not being abandoned: the connection has one user at a time.
-                return await trio.to_thread.run_sync(call, *args)
+                return await trio.to_thread.run_sync(call, *args, limiter=self._read_limit)
             except apsw.Error as error:
                 raise translate(error) from error
 
@@ -111,7 +113,8 @@ class SqliteStore:
         if self._closed:
             return
         self._closed = True
-        self._reader.close()
+        async with self._read_lock:
+            self._reader.close()
         await self._writer.aclose()
 
     # ----- inbox
@@ -351,7 +354,16 @@ def _look_before(path: Path) -> int:
     """The schema version of what is there, found without changing it; 0 for a new file."""
     if path.stat().st_size == 0 and not path.with_name(path.name + "-wal").exists():
         return 0
-    db = open_database(path, write=False)
+    try:
+        return _look(path, write=False)
+    except apsw.ReadOnlyError:
+        # Its maker died while making it. That is rolled back by whoever may write, and only then
+        # can be read.
+        return _look(path, write=True)
+
+
+def _look(path: Path, *, write: bool) -> int:
+    db = open_database(path, write=write)
     try:
         db.set_busy_timeout(BUSY_MS)
         return _version(path, db)
