@@ -1,0 +1,1 @@
+"""Rows that cannot be read: row c54 and promise 14."""

@@ -1,0 +1,1 @@
+"""The inbox: rows c32 to c38."""

@@ -1,0 +1,1 @@
+"""The outbox: rows c39 to c45."""
