@@ -51,8 +51,7 @@ def lint(session: nox.Session) -> None:
     session.install(*GROUPS(PROJECT, "lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
-    startable = "--startable-in-context-manager=_live,_live_in_blocks"
-    session.run("flake8-async", startable, *map(str, Path("trio_gateway").rglob("*.py")))
+    session.run("flake8-async", *map(str, Path("trio_gateway").rglob("*.py")))
 
 
 @nox.session
