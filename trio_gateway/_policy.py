@@ -228,7 +228,9 @@ def may_begin(*, door_open: bool, connected: bool, session_busy: bool, slots_fre
 class StopPlan:
     """One budget, cut into windows. All in seconds; `mark` runs first, then `grace`, and so on.
 
-    mark + grace + unwind + flush + spare == budget
+    mark + grace + unwind + flush + spare <= budget
+
+    Equal where the grace was `clamped`; what is left otherwise is room for a slow disk.
     """
 
     budget: float
