@@ -55,8 +55,18 @@ def _mark_bare(path: Path, count: int) -> float:
 
 
 def _boot(path: Path, sessions: int, markers: int) -> float:
+    """The median of five boots, each of a copy: a boot changes what it finds."""
     _stores.make(path, sessions, markers)
-    return trio.run(_gateway.boot_seconds, path)
+    return median(_boot_copy(path) for _ in range(5))
+
+
+def _boot_copy(path: Path) -> float:
+    copy = path.with_name("copy.db")
+    shutil.copyfile(path, copy)
+    try:
+        return trio.run(_gateway.boot_seconds, copy)
+    finally:
+        copy.unlink()
 
 
 def _fresh(path: Path, count: int) -> float:
@@ -160,7 +170,7 @@ def mark(count: int, quick: bool) -> Figures:
 def boot(quick: bool) -> Figures:
     """A boot over a million stored sessions, against one over a hundred; the same open turns."""
     stored = 20_000 if quick else 1_000_000
-    large, small, ratio = pairs(("boot", stored, 100), ("boot", 100, 100), 1 if quick else 3)
+    large, small, ratio = pairs(("boot", stored, 100), ("boot", 100, 100), 1)
     return {"boot_large_ms": large * 1000, "boot_small_ms": small * 1000, "boot_ratio": ratio}
 
 
