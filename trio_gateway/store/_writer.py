@@ -169,7 +169,11 @@ class _Transactions:
         """Write the WAL back and close. A file that was refused at boot is left as it is."""
         if self._has_written:
             self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 0)
-        self._db.close()
+        try:
+            self._db.close()
+        except apsw.Error:
+            # Nothing is lost: the next boot reads the WAL.
+            return
 
 
 class ThreadWriter:
