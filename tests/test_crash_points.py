@@ -40,12 +40,12 @@ from trio_gateway.store import edit_store, read_store
 from trio_gateway.testing import (
     CrashReport,
     Life,
+    Scenario,
     World,
     die,
     kill_my_agent_anywhere,
     live,
 )
-from trio_gateway.testing._crash import Scenario
 
 QUICK = Settings(grace=1.0, budget=10.0)
 

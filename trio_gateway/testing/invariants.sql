@@ -31,10 +31,11 @@ SELECT id, state FROM message WHERE (state IN ('queued', 'running')) = (ended_at
 SELECT id, state FROM turn
 WHERE (state IN ('RUNNING', 'RESUME_PENDING')) = (settled_at IS NOT NULL);
 
--- a message ends as its turn does, together with it (promise 6)
+-- a message ends as its turn does, or is stopped when it waits to be tried again (promise 6)
 SELECT message.id, message.state, turn.state FROM message JOIN turn ON turn.id = message.turn
 WHERE message.state NOT IN ('queued', 'running')
   AND message.error IS NOT 'dropped from quarantine'
+  AND NOT (message.state = 'stopped' AND message.ended_at > turn.settled_at)
   AND message.state != CASE turn.state
     WHEN 'COMPLETED' THEN 'answered' WHEN 'FAILED' THEN 'failed' WHEN 'STOPPED' THEN 'stopped'
     WHEN 'QUARANTINED' THEN 'quarantined' WHEN 'EXPIRED' THEN 'expired' ELSE 'still open' END;
@@ -110,15 +111,19 @@ WHERE (state = 'done') != (result IS NOT NULL) OR (state != 'done' AND effect !=
 -- a step belongs to a turn
 SELECT step.turn, step.name FROM step LEFT JOIN turn ON turn.id = step.turn WHERE turn.id IS NULL;
 
--- a session's messages are taken in the order of acceptance (promise 2)
+-- a session's messages are taken in the order of acceptance, unless tried again (promise 2)
 SELECT late.id, early.id FROM message early
 JOIN message late ON late.session = early.session AND late.seq > early.seq
 JOIN turn first ON first.id = early.turn
 JOIN turn second ON second.id = late.turn
-WHERE first.id > second.id AND first.retry_of IS NULL AND second.retry_of IS NULL;
+WHERE first.id > second.id AND first.retry_of IS NULL AND second.retry_of IS NULL
+  AND NOT EXISTS (SELECT 1 FROM message retry WHERE retry.session = early.session
+    AND retry.seq > early.seq AND retry.turn IS NULL AND retry.body LIKE '%"/retry"%');
 
--- no message is overtaken by a later one of its session (promise 2)
+-- no message is overtaken by a later one of its session, unless tried again (promise 2)
 SELECT late.id, early.id FROM message early
 JOIN message late ON late.session = early.session AND late.seq > early.seq
 WHERE early.state = 'queued' AND early.turn IS NULL
-  AND late.turn IS NOT NULL AND late.state != 'queued';
+  AND late.turn IS NOT NULL AND late.state != 'queued'
+  AND NOT EXISTS (SELECT 1 FROM message retry WHERE retry.session = early.session
+    AND retry.seq > early.seq AND retry.turn IS NULL AND retry.body LIKE '%"/retry"%');
