@@ -48,7 +48,7 @@ class MessageAccepted(Event):
 
 @attrs.frozen(kw_only=True)
 class MessageRefused(Event):
-    """The inbox did not take a message, for `reason`."""
+    """The inbox did not take a message, for `reason`; its sender may have been told less."""
 
     level = "warning"
     session: SessionKey

@@ -9,12 +9,22 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 import attrs
+import trio
 
-from ._errors import ConfigError, Refused
+from ._errors import ConfigError, InvalidInput, Refused, StoreError
 from ._events import InputRefused, MessageAccepted, MessageRefused, TurnSettled
 from ._markers import TurnState
 from ._messages import Cursor, HistoryItem, Message, Receipt, ReceiptStatus, SessionKey
-from ._policy import Busy, Command, Limits, Refusal, command_in, malformed, no_room
+from ._policy import (
+    Busy,
+    Command,
+    Limits,
+    Refusal,
+    command_in,
+    lone_surrogate,
+    malformed,
+    no_room,
+)
 from ._sessions import Session
 from ._turns import Desk, Turns, Why
 from .store import Admitted, Arrival
@@ -47,6 +57,7 @@ class Inbox:
         self, messages: Sequence[Message], cursor: Cursor | None
     ) -> tuple[Receipt, ...]:
         """Take messages in with the cursor that covers them; receipts in the same order."""
+        _check_cursor(cursor)
         denied = await self._denied(messages)
         chosen: list[tuple[Session, Arrival]] = []
         refused: dict[int, Refusal] = {}
@@ -56,18 +67,20 @@ class Inbox:
                 chosen.append(self._expect(message))
             else:
                 refused[index] = refusal
-        admitted = await self._commit(chosen, cursor)
+        # What a closing gateway refuses is to be sent again: it must not count as received.
+        admitted = await self._commit(chosen, cursor if self.open else None)
         if not refused:
             return tuple([result.receipt for result in admitted])
+        receipts: list[Receipt] = []
         accepted = iter(admitted)
-        return tuple(
-            [
-                await self._refuse(message, refused[index])
-                if index in refused
-                else next(accepted).receipt
-                for index, message in enumerate(messages)
-            ]
-        )
+        # What was committed is told, also to a caller that was cancelled meanwhile.
+        with trio.CancelScope(shield=bool(admitted)):
+            for index, message in enumerate(messages):
+                refusal = refused.get(index)
+                receipts.append(
+                    await self._refuse(message, refusal) if refusal else next(accepted).receipt
+                )
+        return tuple(receipts)
 
     # ----- read and decide
 
@@ -77,17 +90,16 @@ class Inbox:
             return {}
         denied: dict[int, Refusal] = {}
         for index, message in enumerate(messages):
-            refusal = malformed(message, self._limits)
-            if refusal is None and not await allowed(self._authorize, message):
-                refusal = Refusal("not allowed")
+            refusal = malformed(message, self._limits) or await _denial(self._authorize, message)
             if refusal is not None:
                 denied[index] = refusal
         return denied
 
     def _refusal(self, message: Message) -> Refusal | None:
-        if not self.open:
-            return Refusal("the gateway is closing; send it again", retryable=True)
-        return malformed(message, self._limits) or self._no_room(message)
+        refusal = malformed(message, self._limits)
+        if refusal is None and not self.open:
+            refusal = Refusal("the gateway is closing; send it again", retryable=True)
+        return refusal or self._no_room(message)
 
     def _no_room(self, message: Message) -> Refusal | None:
         sessions = self._desk.sessions
@@ -133,7 +145,11 @@ class Inbox:
             return Receipt(status=ReceiptStatus.DUPLICATE, session=message.key, id=message.id)
         session = SessionKey(str(message.channel), str(message.session))
         self._desk.events.emit(
-            MessageRefused(session=session, message_id=str(message.id), reason=refusal.reason)
+            MessageRefused(
+                session=session,
+                message_id=str(message.id),
+                reason=refusal.for_log or refusal.reason,
+            )
         )
         return Receipt(
             status=ReceiptStatus.REFUSED,
@@ -144,7 +160,10 @@ class Inbox:
         )
 
     async def _is_known(self, message: Message) -> bool:
-        state, _ = await self._desk.store.replies_to(message.channel, message.id)
+        try:
+            state, _ = await self._desk.store.replies_to(message.channel, message.id)
+        except StoreError:
+            return False  # nobody can tell: refused for now, which is true in any case
         return state is not None
 
     # ----- commit and act
@@ -251,12 +270,21 @@ class Inbox:
         return True
 
 
-async def allowed(authorize: Authorize, message: Message) -> bool:
-    """What the hook says; its failure means no."""
+async def _denial(authorize: Authorize, message: Message) -> Refusal | None:
+    """What the hook says. Its failure means no, and is for the log, not for the sender."""
     try:
-        return bool(await authorize(message))
-    except Exception:
-        return False
+        allowed = await authorize(message)
+    except Exception as error:
+        return Refusal("not allowed", for_log=f"not allowed: authorize failed with {error!r}")
+    return None if allowed else Refusal("not allowed")
+
+
+def _check_cursor(cursor: Cursor | None) -> None:
+    if cursor is None:
+        return
+    for name, text in (("channel", cursor.channel), ("value", cursor.value)):
+        if not isinstance(text, str) or lone_surrogate(text) is not None:
+            raise InvalidInput(f"cursor.{name}: expected Unicode text, got {text!r}")
 
 
 @attrs.frozen

@@ -184,7 +184,8 @@ class Intake(Protocol):
         """Hand in messages of this channel; return one receipt each, after the commit.
 
         Raises `StoreError` when nothing could be written: the messages were not accepted, so do
-        not acknowledge them.
+        not acknowledge them. A gateway that is closing refuses messages, and leaves the cursor
+        where it was.
         """
         ...
 

@@ -78,10 +78,14 @@ SUSPECT_AT: Final = 2
 
 @attrs.frozen
 class Refusal:
-    """Why a message is not accepted, in words for its sender, and whether that may change."""
+    """Why a message is not accepted, in words for its sender, and whether that may change.
+
+    `for_log` says more than its sender is to know.
+    """
 
     reason: str
     retryable: bool = False
+    for_log: str | None = None
 
 
 def admit(
