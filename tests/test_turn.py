@@ -41,6 +41,7 @@ from trio_gateway._events import (
     StoreTrouble,
     TurnSettled,
 )
+from trio_gateway._steps import default_name
 from trio_gateway.testing import MemoryChannel
 
 QUICK = Settings(grace=1.0, budget=10.0)
@@ -938,7 +939,7 @@ class Maker:
         partial(Address, "Partial", 4),
         partial(partial(as_person)),
     ],
-    ids=str,
+    ids=default_name,
 )
 async def test_p08_what_a_step_returns_reads_back_the_same(
     tmp_path: Path, fn: Callable[[], Any]
