@@ -28,7 +28,7 @@ from trio_util import AsyncBool, AsyncValue
 from . import _recovery, _shutdown
 from ._agents import Agent, opened
 from ._clock import Clock, SystemClock
-from ._errors import GatewayStopping, StoreError, unwrap
+from ._errors import GatewayStopping, StoreClosed, StoreError, unwrap
 from ._events import (
     DrainReport,
     Event,
@@ -162,21 +162,26 @@ class Gateway:
         message is settled: it is kept, and is answered after the next boot. Cancelling the wait
         does not cancel the turn.
         """
-        channel = message.channel
-        settled = self._waiters.event(channel, message.id)
-        receipt = await self.accept(message)
-        if not receipt.accepted:
-            raise refused_error(receipt)
+        with self._waiters.asking(message.channel, message.id) as ended:
+            receipt = await self.accept(message)
+            if not receipt.accepted:
+                raise refused_error(receipt)
+            try:
+                return await self._answer(message, receipt, ended)
+            except StoreClosed:
+                raise GatewayStopping(
+                    f"the gateway stops; message {message.id!r} is kept: ask again after the boot"
+                ) from None
+
+    async def _answer(
+        self, message: Message, receipt: Receipt, ended: trio.Event
+    ) -> tuple[Reply, ...]:
         if receipt.status is ReceiptStatus.DUPLICATE:
-            state, replies = await self._store.replies_to(channel, message.id)
+            state, replies = await self._store.replies_to(message.channel, message.id)
             if state in _ENDS:
                 return replies
-        await settled.wait()
-        if self._stopped.is_set() or self._waiters.abandoned:
-            raise GatewayStopping(
-                f"the gateway stops; message {message.id!r} is kept and answered after the boot"
-            )
-        return (await self._store.replies_to(channel, message.id))[1]
+        await ended.wait()
+        return (await self._store.replies_to(message.channel, message.id))[1]
 
     async def history(self, session: SessionKey, limit: int = 50) -> tuple[HistoryItem, ...]:
         """The last `limit` lines of a conversation, oldest first."""
@@ -296,6 +301,9 @@ class Gateway:
                                 await self._recover()
                                 self._recovered.set()
                                 await self._until_stopped()
+                # Who asked for what has settled reads the answer from the store.
+                with trio.move_on_after(self.plan.spare):
+                    await self._waiters.wait_told()
 
     @asynccontextmanager
     async def _deliveries(self) -> AsyncGenerator[None, None]:

@@ -8,29 +8,61 @@ from weakref import WeakValueDictionary
 import trio
 
 
+@attrs.define(eq=False)
+class Asked:
+    """One message, and those who ask for its answer. `reached` is set when it has reached an end."""
+
+    reached: trio.Event = attrs.field(factory=trio.Event)
+    asking: int = 0
+
+
 class Waiters:
     """Wakes whoever asked for a message's answer, or for the gateway to have nothing to do."""
 
     def __init__(self) -> None:
-        # Weak: who asked holds the event, and several may ask for one message.
-        self._events: WeakValueDictionary[tuple[str, str], trio.Event] = WeakValueDictionary()
+        self._asked: dict[tuple[str, str], Asked] = {}
+        self._reading: set[Asked] = set()
+        self._all_told: trio.Event | None = None
         self._idle: trio.Event | None = None
         self.abandoned: bool = False
 
-    def event(self, channel: str, message_id: str) -> trio.Event:
-        """An event that is set when the message reaches an end in this process. Keep it for as
-        long as you wait."""
-        return self._events.setdefault((channel, message_id), trio.Event())
+    @contextmanager
+    def asking(self, channel: str, message_id: str) -> Iterator[trio.Event]:
+        """Ask for a message: an event that is set when it reaches an end in this process. Until the
+        block is left, whoever asks is counted as one who reads the answer."""
+        name = (channel, message_id)
+        asked = self._asked.setdefault(name, Asked())
+        asked.asking += 1
+        try:
+            yield asked.reached
+        finally:
+            asked.asking -= 1
+            if not asked.asking:
+                self._forget(name, asked)
+
+    def _forget(self, name: tuple[str, str], asked: Asked) -> None:
+        if self._asked.get(name) is asked:
+            del self._asked[name]
+        self._reading.discard(asked)
+        if not self._reading and self._all_told is not None:
+            self._all_told.set()
 
     def __bool__(self) -> bool:
-        return bool(self._events)
+        return bool(self._asked)
 
     def ended(self, channel: str, message_ids: Iterable[str]) -> None:
         """Messages have reached an end."""
         for message_id in message_ids:
-            event = self._events.pop((channel, message_id), None)
-            if event is not None:
-                event.set()
+            asked = self._asked.pop((channel, message_id), None)
+            if asked is not None:
+                self._reading.add(asked)
+                asked.reached.set()
+
+    async def wait_told(self) -> None:
+        """Wait until all who asked for what has ended have read the answer."""
+        if self._reading:
+            self._all_told = trio.Event()
+            await self._all_told.wait()
 
     def abandon(self) -> None:
         """The gateway has stopped: nobody's wait will end any other way."""
