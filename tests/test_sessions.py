@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import apsw
 import pytest
 import trio
-from helpers import Machine, Script, msg, settled_well
+from helpers import PATIENCE, Log, Machine, Script, msg, settled_well
 from trio.testing import MockClock
 
 from trio_gateway import (
@@ -25,6 +26,7 @@ from trio_gateway import (
     Settings,
     Turn,
     TurnState,
+    open_gateway,
 )
 from trio_gateway._events import SettleDelayed, TurnBegun, TurnSettled
 from trio_gateway._policy import REPLACED
@@ -798,3 +800,33 @@ async def test_p01_two_who_ask_for_one_message_both_hear(
                 agent.release()
         assert not gateway._waiters
     assert heard == ["refused", "re: hi", "re: hi"]
+
+
+@pytest.mark.parametrize("inline", [True, False])
+async def test_p01_who_asks_for_the_last_answer_of_a_drain_gets_it(
+    tmp_path: Path, inline: bool
+) -> None:
+    """Many who ask, all answered in the last moment: each reads its answer before the store
+    closes."""
+    heard: list[str] = []
+
+    async def agent(turn: Turn) -> str:
+        await turn.draining.wait_value(True)
+        return f"re: {turn.message.id}"
+
+    async def ask(gateway: Gateway, n: int) -> None:
+        (reply,) = await gateway.ask(msg(f"s{n}", f"m{n}"))
+        heard.append(reply.text)
+
+    log = Log()
+    with trio.fail_after(PATIENCE):
+        async with (
+            trio.open_nursery() as nursery,
+            open_gateway(
+                agent, store=tmp_path / "gateway.db", listen=log, inline_store=inline
+            ) as gateway,
+        ):
+            for n in range(50):
+                nursery.start_soon(ask, gateway, n)
+            await log.wait_for(TurnBegun, 50)
+    assert sorted(heard) == sorted(f"re: m{n}" for n in range(50))
