@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from weakref import WeakValueDictionary
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
+import attrs
 import trio
 
 
@@ -67,9 +68,9 @@ class Waiters:
     def abandon(self) -> None:
         """The gateway has stopped: nobody's wait will end any other way."""
         self.abandoned = True
-        for event in list(self._events.values()):
-            event.set()
-        self._events.clear()
+        for asked in self._asked.values():
+            asked.reached.set()
+        self._asked.clear()
         self.idle()
 
     def idle(self) -> None:
