@@ -17,6 +17,8 @@ from typing import Protocol
 import attrs
 import trio
 
+from ._errors import StoreError
+from ._events import StoreTrouble
 from ._markers import TurnState
 from ._messages import Delivery, Message, SessionKey
 from ._policy import (
@@ -71,6 +73,10 @@ class House(Protocol):
 
     def send(self, deliveries: Sequence[Delivery]) -> None:
         """Hand committed notices to the outbox."""
+        ...
+
+    def say(self, event: StoreTrouble) -> None:
+        """Tell an event."""
         ...
 
     def wants_notice(self, channel: str) -> bool:
@@ -133,14 +139,18 @@ async def resume_all(
 
 
 async def _tell(recovery: Recovery, store: Store, house: House, text: str) -> None:
-    """One notice per session at the most: a session has one open turn."""
+    """One notice per session at the most: a session has one open turn. Best effort."""
     who: list[tuple[SessionKey, int]] = [
         (pending.session, pending.session_id)
         for pending, _ in recovery.resuming
         if house.wants_notice(pending.session.channel)
     ]
-    if who:
+    if not who:
+        return
+    try:
         house.send(await store.notify(who, "resumed", text))
+    except StoreError as error:
+        house.say(StoreTrouble(operation="notice", error=str(error)))
 
 
 async def _resume_one(
