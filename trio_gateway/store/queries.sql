@@ -226,7 +226,8 @@ SELECT delivery.id, session.channel, session.name, delivery.key, delivery.text, 
        delivery.attempt, delivery.final, delivery.repeat, delivery.kind, delivery.part,
        delivery.parts, delivery.turn, delivery.tries, delivery.not_before
 FROM delivery JOIN session ON session.id = delivery.session
-WHERE delivery.turn = ? AND delivery.final AND delivery.state IN ('pending', 'sending')
+WHERE delivery.turn = ? AND delivery.kind IN ('answer', 'apology')
+  AND delivery.state IN ('pending', 'sending')
 ORDER BY delivery.id;
 
 -- name: open_deliveries
