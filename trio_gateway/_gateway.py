@@ -625,6 +625,9 @@ class _House:
     async def wait_drained(self) -> None:
         await self._turns.wait_empty()
 
+    async def wait_sent(self) -> None:
+        await self._outbox.wait_sent()
+
     def unwritten(self) -> Sequence[Settlement]:
         return [child.end for child in self._turns.unsettled() if child.end is not None]
 

@@ -25,7 +25,14 @@ import attrs
 import trio
 
 from ._clock import Clock, as_datetime
-from ._errors import ChannelEnded, RetryLater, StoreClosed, StoreError, Undeliverable
+from ._errors import (
+    ChannelEnded,
+    RetryLater,
+    StoreClosed,
+    StoreError,
+    Undeliverable,
+    unwrap,
+)
 from ._events import DeadLettered, Delivered, DeliveryDelayed, StoreTrouble
 from ._links import Link, Links
 from ._messages import Delivery, ReplyKind, SessionKey
@@ -38,7 +45,11 @@ NOTICE_TIMEOUT: Final = 2.0
 """Seconds that a notice may hold up the replies behind it."""
 
 LONGEST_WAIT: Final = 86_400.0
-"""Seconds that a delivery found at boot waits at the most: the wall clock may have jumped."""
+"""Seconds that a delivery waits at the most: the wall clock may have jumped since it was told to,
+and a platform can say anything."""
+
+SHORTEST_WAIT: Final = 0.1
+"""Seconds that it waits at the least: no platform is asked again in a tight loop."""
 
 
 @attrs.define(eq=False)
@@ -89,6 +100,8 @@ class Outbox:
         self._arrivals: list[Delivery] = []
         self._arrived = trio.Event()
         self._emptied: trio.Event | None = None
+        self._sending = 0
+        self._rested: trio.Event | None = None
         self.undelivered: int = 0
         """Deliveries that have not arrived, or whose arrival is not recorded."""
 
@@ -115,6 +128,26 @@ class Outbox:
             if self._emptied is None:
                 self._emptied = trio.Event()
             await self._emptied.wait()
+
+    async def wait_sent(self) -> None:
+        """Wait until no reply is being sent or could be. What waits for its next try, or for its
+        channel, is not in flight; a notice is not worth a wait."""
+        while self._is_at_work():
+            if self._rested is None:
+                self._rested = trio.Event()
+            await self._rested.wait()
+
+    def _is_at_work(self) -> bool:
+        return self._sending > 0 or any(
+            wire.link.connected.value
+            and any(lane.queue[0].kind is not ReplyKind.NOTICE for lane in wire.ready)
+            for wire in self._wires.values()
+        )
+
+    def _note_rest(self) -> None:
+        if self._rested is not None and not self._is_at_work():
+            self._rested.set()
+            self._rested = None
 
     def put(self, deliveries: Iterable[Delivery]) -> None:
         """Send these on their way, behind what their session has waiting. They are committed."""
@@ -151,6 +184,7 @@ class Outbox:
     async def _send_on(self, wire: _Wire) -> None:
         """A sender: the first delivery of one lane after the other."""
         while True:
+            self._note_rest()
             if not wire.link.connected.value:
                 await wire.link.wait_connected()
             if wire.ready:
@@ -163,19 +197,21 @@ class Outbox:
         if delivery.not_before is not None:
             self._wait_until_due(wire, lane, delivery)
             return
+        in_flight = delivery.kind is not ReplyKind.NOTICE
+        self._sending += in_flight
+        try:
+            await self._try(wire, lane, delivery)
+        finally:
+            self._sending -= in_flight
+
+    async def _try(self, wire: _Wire, lane: _Lane, delivery: Delivery) -> None:
         if not wire.link.channel.idempotent:
             await self._until_written(self._store.sending, delivery.id)
         try:
             sent = await self._send(wire.link, delivery)
-        except ChannelEnded:
-            # Nobody is there any more: it stays in the store, and the gateway is asked to stop.
-            self._on_end(wire.link.name)
-        except RetryLater as error:
-            await self._again(wire, lane, delivery, str(error), error.after, counts=False)
-        except Undeliverable as error:
-            await self._bury(wire, lane, delivery, str(error) or "undeliverable")
         except Exception as error:
-            await self._failed(wire, lane, delivery, repr(error))
+            # What a channel says counts also where it comes out of a nursery, in a group.
+            await self._not_sent(wire, lane, delivery, unwrap(error))
         else:
             if sent:
                 self._note_arrival(wire, lane, delivery)
@@ -227,13 +263,33 @@ class Outbox:
     async def _record(self, arrivals: list[Delivery]) -> None:
         """Write that these have arrived; what arrives meanwhile is for the next time."""
         self._arrivals = []
-        await self._until_written(self._store.delivered, [(d.id, d.tries + 1) for d in arrivals])
+        pairs = [(delivery.id, delivery.tries + 1) for delivery in arrivals]
+        try:
+            await self._until_written(self._store.delivered, pairs)
+        except trio.Cancelled:
+            self._arrivals = arrivals + self._arrivals  # for the last try, on the way out
+            raise
         if self._events.heard:
             for delivery in arrivals:
                 self._events.emit(Delivered(delivery=delivery))
         self._over(len(arrivals))
 
     # ----- did not arrive
+
+    async def _not_sent(
+        self, wire: _Wire, lane: _Lane, delivery: Delivery, error: BaseException
+    ) -> None:
+        if isinstance(error, ChannelEnded):
+            # Nobody is there any more: it stays in the store, and the gateway is asked to stop.
+            self._on_end(wire.link.name)
+        elif isinstance(error, RetryLater):
+            # In this order, NaN is the shortest wait.
+            after = min(max(SHORTEST_WAIT, error.after), LONGEST_WAIT)
+            await self._again(wire, lane, delivery, str(error), after, counts=False)
+        elif isinstance(error, Undeliverable):
+            await self._bury(wire, lane, delivery, str(error) or "undeliverable")
+        else:
+            await self._failed(wire, lane, delivery, repr(error))
 
     async def _failed(self, wire: _Wire, lane: _Lane, delivery: Delivery, error: str) -> None:
         tries = delivery.tries + 1
@@ -303,7 +359,8 @@ class Outbox:
             try:
                 await call(*args)
             except StoreClosed:
-                raise
+                # Turns that do not end keep the gateway from ending us, and it leaves without us.
+                await trio.sleep_forever()
             except StoreError as error:
                 tries += 1
                 self._events.emit(StoreTrouble(operation="delivery", error=str(error)))

@@ -3,7 +3,8 @@
     1 shut    no turn begins any more; messages are still accepted, for the next boot
     2 mark    every open turn is RESUME_PENDING, in one transaction
     3 tell    agents see `turn.draining`; people are told, best effort
-    4 drain   open turns get a window; each that settles clears its own marker as it does
+    4 drain   open turns get a window; each that settles clears its own marker as it does; and so
+              do replies that are being sent
     5 account what completed and is not written yet is written; what did not keeps its marker
     6 cancel  what is left, and wait for it to unwind, a little
 
@@ -58,6 +59,10 @@ class House(Protocol):
 
     async def wait_drained(self) -> None:
         """Wait until every child has settled, its commit included."""
+        ...
+
+    async def wait_sent(self) -> None:
+        """Wait until no reply is in flight."""
         ...
 
     def unwritten(self) -> Sequence[Settlement]:
@@ -141,10 +146,12 @@ async def _mark(store: Store, house: House, plan: StopPlan, reason: ResumeReason
 
 
 async def _drain(house: House, plan: StopPlan, window: Window) -> bool:
-    """Wait for the last turn to settle, for as long as the window is open. True: it timed out."""
+    """Wait for the last turn to settle and for the replies in flight, for as long as the window is
+    open. True: it timed out."""
     with window.scope:
         with trio.move_on_after(plan.grace) as grace:
             await house.wait_drained()
+            await house.wait_sent()
         return grace.cancelled_caught
     return True
 
