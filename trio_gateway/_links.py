@@ -181,6 +181,11 @@ def _by_name(channels: Sequence[Channel]) -> dict[str, Link]:
                 f"{type(channel).__name__}.name is {channel.name!r}: use small letters, digits, _"
                 " and -"
             )
+        if channel.name == LOCAL:
+            raise ConfigError(
+                f"{type(channel).__name__}.name is {LOCAL!r}, which is what the host's own sessions"
+                " are called: rename it"
+            )
         if channel.name in links:
             raise ConfigError(f"two channels are called {channel.name!r}: rename one")
         links[channel.name] = Link(channel)

@@ -77,6 +77,7 @@ from .store import (
     Settled,
     Settlement,
     Store,
+    Unreadable,
     reply_of,
 )
 
@@ -252,7 +253,7 @@ class Turns:
 
     def _go_on(self, session: Session, begun: Begun) -> None:
         """Start what a begin found; the session has a slot."""
-        self._note_unreadable(session, begun)
+        note_unreadable(self._desk, session, begun.unreadable)
         if begun.turn is not None:
             session.misses = 0
             session.queued -= len(begun.turn.messages)
@@ -346,16 +347,6 @@ class Turns:
                 self._desk.events.emit(StoreTrouble(operation=what, error=str(error)))
                 await trio.sleep(retry_delay(tries, random.random(), cap=RETRY_CAP))
         return None
-
-    def _note_unreadable(self, session: Session, begun: Begun) -> None:
-        for bad in begun.unreadable:
-            session.queued -= 1
-            self._desk.sessions.opened(session, -1)
-            self._desk.outbox.put(bad.deliveries)
-            self._desk.events.emit(
-                MessageUnreadable(session=session.key, message_id=bad.message_id, error=bad.error)
-            )
-            self._desk.waiters.ended(session.key.channel, (bad.message_id,))
 
     # ----- a child's life
 
@@ -462,7 +453,8 @@ class Turns:
         with it the begin of whoever is next (the heir of the slot)."""
         tries = 0
         while True:
-            heir = self._desk.sessions.next_begin_after(child.session)
+            # Once it has failed, alone: the reason may be the other's.
+            heir = None if tries else self._desk.sessions.next_begin_after(child.session)
             end.next = None if heir is None else self._desk.sessions.begin_request(heir)
             if heir is not None:
                 self.opening()
@@ -472,16 +464,17 @@ class Turns:
                 return None, None  # it did not end when it was told to, and the gateway has left
             except StoreError as error:
                 tries += 1
-                self._disinherit(child, heir)
+                self._disinherit(child, heir, end.next)
                 delay = retry_delay(tries, random.random(), cap=RETRY_CAP)
                 self._desk.events.emit(SettleDelayed(**_who(end), error=str(error), retry_in=delay))
                 if not await self._pause(child, delay):
                     return None, None
 
-    def _disinherit(self, child: Running, heir: Session | None) -> None:
-        if heir is None:
+    def _disinherit(self, child: Running, heir: Session | None, request: Begin | None) -> None:
+        if heir is None or request is None:
             return
         self.opened()
+        heir.collect = request.collect
         if heir is not child.session:
             heir.busy = False
             self._desk.sessions.line_up(heir)
@@ -605,6 +598,18 @@ class Turns:
         )
         if (reply := reply_of(settled.deliveries)) is not None:
             events.emit(ReplyCommitted(**_who(end), key=reply.key, text=reply.text, final=True))
+
+
+def note_unreadable(desk: Desk, session: Session, unreadable: Iterable[Unreadable]) -> None:
+    """Messages that could not be read back have ended, in the store: here, too."""
+    for bad in unreadable:
+        desk.sessions.queue(session, -1)
+        desk.sessions.opened(session, -1)
+        desk.outbox.put(bad.deliveries)
+        desk.events.emit(
+            MessageUnreadable(session=session.key, message_id=bad.message_id, error=bad.error)
+        )
+        desk.waiters.ended(session.key.channel, (bad.message_id,))
 
 
 def _who(end: Settlement) -> dict[str, Any]:
@@ -852,15 +857,17 @@ class Turn:
         """The message that waits longest in this session, taken into this turn, or None."""
         self._must_be_open("take")
         turn = self._turn
-        if self._child is None or not self._child.session.queued:
+        session = None if self._child is None else self._child.session
+        if session is None or not session.queued:
             await trio.lowlevel.checkpoint()
             return None
         request = Begin(turn.session, turn.session_id, False)
-        message = await self._write(self._desk.store.take, turn.id, turn.attempt, request)
-        if message is not None:
-            self._child.session.queued -= 1
-            self._messages.append(message)
-        return message
+        taken = await self._write(self._desk.store.take, turn.id, turn.attempt, request)
+        note_unreadable(self._desk, session, taken.unreadable)
+        if taken.message is not None:
+            self._desk.sessions.queue(session, -1)
+            self._messages.append(taken.message)
+        return taken.message
 
     def request_restart(self) -> None:
         """Ask the gateway to restart (it exits with 75) once this turn has settled.

@@ -50,6 +50,7 @@ from ._records import (
     Settled,
     Settlement,
     Step,
+    Taken,
     Unreadable,
     WaitingSession,
 )
@@ -127,7 +128,7 @@ class Store(Protocol):
         """Remember that a turn has asked for a restart."""
         ...
 
-    async def take(self, turn: int, attempt: int, request: Begin) -> Message | None:
+    async def take(self, turn: int, attempt: int, request: Begin) -> Taken:
         """Let a running turn take the message that waits longest in its session."""
         ...
 
@@ -231,6 +232,7 @@ __all__ = [
     "Step",
     "Store",
     "StoreReader",
+    "Taken",
     "Timeline",
     "TimelineEntry",
     "Unreadable",

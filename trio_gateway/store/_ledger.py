@@ -15,6 +15,7 @@ from .. import _policy
 from .._clock import Clock, Instant, as_datetime, as_microseconds, time_between
 from .._markers import Marker, ResumeReason, TurnState
 from .._messages import (
+    LOCAL,
     Cursor,
     Delivery,
     Message,
@@ -42,6 +43,7 @@ from ._records import (
     Settled,
     Settlement,
     Step,
+    Taken,
     Unreadable,
     WaitingSession,
 )
@@ -387,7 +389,14 @@ class Ledger:
         deliveries = self._insert(
             request.session,
             request.session_id,
-            NewReply(1, ReplyKind.APOLOGY, (_policy.SORRY_UNREADABLE,), True, (message_id,)),
+            NewReply(
+                1,
+                ReplyKind.APOLOGY,
+                (_policy.SORRY_UNREADABLE,),
+                True,
+                (message_id,),
+                arrived=request.session.channel == LOCAL,
+            ),
             f"{self._store_id}-m-{seq}",
             attempt=1,
             turn=None,
@@ -499,21 +508,22 @@ class Ledger:
         """Remember that a turn asked for a restart."""
         self._run(query("ask_restart"), (turn,))
 
-    def take(self, turn: int, attempt: int, request: Begin) -> Message | None:
+    def take(self, turn: int, attempt: int, request: Begin) -> Taken:
         """Let a running turn take the message that waits longest in its session."""
         if not self._is_open(turn, attempt):
-            return None
+            return Taken(None)
         now = self._now.wall
+        unreadable: list[Unreadable] = []
         while row := _one(self._run(query("waiting_messages"), (request.session_id, 1))):
             seq, message_id, body, _, _ = row
             try:
                 message = load_message(request.session, message_id, body)
             except BadRow as bad:
-                self._give_up(request, seq, message_id, str(bad), now)
+                unreadable.append(self._give_up(request, seq, message_id, str(bad), now))
                 continue
             self._run(query("take_message"), (turn, seq))
-            return message
-        return None
+            return Taken(message, tuple(unreadable))
+        return Taken(None, tuple(unreadable))
 
     # ----- steps
 

@@ -68,6 +68,15 @@ class Unreadable:
 
 
 @attrs.define
+class Taken:
+    """The answer to a running turn that takes mail: the message, if there was one, and what could
+    not be read on the way."""
+
+    message: Message | None
+    unreadable: tuple[Unreadable, ...] = ()
+
+
+@attrs.define
 class Begun:
     """The answer to `Begin`: the turn, if there was mail, and what could not be read on the way."""
 

@@ -39,6 +39,7 @@ from ._records import (
     Said,
     Settled,
     Settlement,
+    Taken,
 )
 from ._sql import read_sql
 from ._writer import InlineWriter, Tap, ThreadWriter, Writer, no_tap
@@ -158,7 +159,7 @@ class SqliteStore:
     async def ask_restart(self, turn: int) -> None:
         await self._run(self._ledger.ask_restart, turn)
 
-    async def take(self, turn: int, attempt: int, request: Begin) -> Message | None:
+    async def take(self, turn: int, attempt: int, request: Begin) -> Taken:
         return await self._run(self._ledger.take, turn, attempt, request)
 
     # ----- steps and replies
