@@ -14,6 +14,7 @@ from trio.testing import MockClock
 from trio_gateway import (
     AgentMisuse,
     Busy,
+    ConfigError,
     Gateway,
     HistoryItem,
     Limits,
@@ -28,8 +29,15 @@ from trio_gateway import (
     TurnState,
     open_gateway,
 )
-from trio_gateway._events import SettleDelayed, TurnBegun, TurnSettled
+from trio_gateway._events import (
+    GatewayStarted,
+    MessageUnreadable,
+    SettleDelayed,
+    TurnBegun,
+    TurnSettled,
+)
 from trio_gateway._policy import REPLACED
+from trio_gateway.store import Begin, Begun, edit_store
 from trio_gateway.testing import MemoryChannel
 
 # ----- order and slots
@@ -830,3 +838,121 @@ async def test_p01_who_asks_for_the_last_answer_of_a_drain_gets_it(
                 nursery.start_soon(ask, gateway, n)
             await log.wait_for(TurnBegun, 50)
     assert sorted(heard) == sorted(f"re: m{n}" for n in range(50))
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("one", "one"), "two channels are called 'one': rename one"),
+        (("local",), "is 'local', which is what the host's own sessions are called"),
+        (("Bad Name",), "is 'Bad Name': use small letters, digits, _ and -"),
+        (("",), "is '': use small letters"),
+    ],
+)
+async def test_p14_channels_whose_names_do_not_do(
+    machine: Machine, autojump_clock: MockClock, names: tuple[str, ...], says: str
+) -> None:
+    """Named, with what to do, before anything is opened."""
+    channels = [MemoryChannel(name) for name in names]
+    with pytest.raises(ConfigError, match=says):
+        async with machine.boot(Script(), *channels):
+            pytest.fail("it was served")
+    assert not machine.store.exists()
+
+
+async def spoil(machine: Machine, message_id: str) -> None:
+    """Make a stored message unreadable, as a failing disk would."""
+    body = '{"text": 42'
+    edit_store(
+        machine.store,
+        lambda ledger: ledger._run("UPDATE message SET body = ? WHERE id = ?", (body, message_id)),
+    )
+
+
+async def test_c54_an_unreadable_message_ends_for_who_asks_and_who_waits(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """In a session of the host's own: it ends failed, its apology is what `ask` returns, nothing is
+    left to deliver, and what is behind it is answered."""
+    agent = Script()
+    async with machine.boot(agent, settings=Settings(grace=0.5)) as gateway:
+        gateway.request_stop()
+        await gateway.accept([msg("a", "m1"), msg("a", "bad"), msg("a", "m2")])
+    await spoil(machine, "bad")
+    agent.release()
+    async with machine.boot(agent) as gateway:
+        (apology,) = await gateway.ask(msg("a", "bad"))
+        assert apology.kind is ReplyKind.APOLOGY
+        assert apology.in_reply_to == ("bad",)
+        await gateway.wait_idle()
+        settled_well(gateway)
+    assert [machine.fate(m) for m in ("m1", "bad", "m2")] == ["answered", "failed", "answered"]
+    assert machine.log.of(MessageUnreadable)[0].message_id == "bad"
+    async with machine.boot(agent) as gateway:
+        assert machine.log.of(GatewayStarted)[-1].undelivered == 0
+
+
+async def test_c54_an_unreadable_message_that_an_agent_would_take(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """With the policy steer: skipped, ended, apologised for; the agent gets the next one."""
+    channel = MemoryChannel()
+
+    async def agent(turn: Turn) -> str:
+        while await turn.take() is not None:
+            await trio.lowlevel.checkpoint()
+        return turn.text
+
+    settings = Settings(busy=Busy.STEER, grace=0.5)
+    async with machine.boot(agent, channel, settings=settings) as gateway:
+        await channel.wait_ready()
+        gateway.request_stop()
+        texts = ["one", "bad", "two", "bad too", "three"]
+        await channel.receive_all(
+            *(channel.message("a", f"m{n}", text) for n, text in enumerate(texts))
+        )
+    for bad in ("m1", "m3"):
+        await spoil(machine, bad)
+    async with machine.boot(agent, channel, settings=settings) as gateway:
+        with trio.fail_after(60):
+            await gateway.wait_idle()
+        settled_well(gateway)
+    assert channel.texts()[-1] == "one\ntwo\nthree"
+    assert len(channel.sent) == 3
+    assert [machine.fate(f"m{n}") for n in range(5)] == [
+        "answered",
+        "failed",
+        "answered",
+        "failed",
+        "answered",
+    ]
+
+
+async def test_p06_a_begin_that_cannot_be_written_holds_up_no_settle(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """The settle of one session carries the begin of the next: where that is what fails, the settle
+    goes alone."""
+    agent = Script()
+    settings = Settings(limits=Limits(turns=1))
+    async with machine.boot(agent, settings=settings) as gateway:
+        await gateway.accept([msg("a", "m1"), msg("b", "m2")])
+        await agent.wait_begun(1)
+        ledger = gateway._store._ledger
+        begin, failures = ledger.begin, 0
+
+        def fail(request: Begin) -> Begun:
+            nonlocal failures
+            failures += 1
+            if failures < 6:
+                raise apsw.ConstraintError("a row that nobody expected")
+            return begin(request)
+
+        ledger.begin = fail  # type: ignore[method-assign]
+        agent.release()
+        await machine.log.wait_for(TurnSettled)
+        assert machine.fate("m1") == "answered"
+        assert 0 < failures < 6
+        await gateway.wait_idle()
+        settled_well_with(gateway.statistics(), slots=1)
+    assert machine.fate("m2") == "answered"
