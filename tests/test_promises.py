@@ -12,9 +12,12 @@ from typing import Any
 
 import apsw
 import attrs
+import hypothesis
 import pytest
 import trio
 from helpers import PATIENCE, Log, Machine, Script, msg, settled_well
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from trio_gateway import (
@@ -511,6 +514,41 @@ async def test_p14_trouble_of_one_session_is_no_trouble_of_another(
         await good.wait_sent(15)
         assert trio.current_time() == began
     assert good.texts() == ["good"] * 15
+
+
+anything = st.text(alphabet=st.characters(codec=None, exclude_categories=()), max_size=40)
+
+
+@given(batch=st.lists(st.tuples(anything, anything, anything, st.none() | anything), max_size=6))
+@hypothesis.settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+async def test_p14_c38_any_text_survives_or_is_refused(
+    machine: Machine, autojump_clock: MockClock, batch: list[tuple[str, str, str, str | None]]
+) -> None:
+    """Whatever Python can hold in a str: accepted and intact, or refused; never a broken store."""
+    seen: dict[str, tuple[str, str, str | None]] = {}
+
+    async def agent(turn: Turn) -> str:
+        for one in turn.messages:
+            seen[one.id] = (one.session, one.text, one.sender)
+        return turn.text
+
+    expected: dict[str, tuple[str, str, str | None]] = {}
+    fresh = Machine(machine.store.parent)
+    fresh.store = machine.store.with_name(f"{len(list(machine.store.parent.iterdir()))}.db")
+    async with fresh.boot(agent, settings=Settings(commands=False)) as gateway:
+        for session, id, text, sender in batch:
+            receipt = await gateway.accept(msg(session, id, text, sender=sender))
+            if receipt.status is ReceiptStatus.ACCEPTED:
+                expected[id] = (session, text, sender)
+            else:
+                assert receipt.reason or receipt.status is ReceiptStatus.DUPLICATE
+        await gateway.wait_idle()
+    assert seen == expected
+    assert fresh.rows("PRAGMA quick_check") == [("ok",)]
 
 
 def test_the_ends_are_the_ends() -> None:
