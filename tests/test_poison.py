@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,9 +17,16 @@ from helpers import PATIENCE, Machine, Script, msg, settled_well
 from trio.testing import MockClock
 
 from trio_gateway import Limits, ResumeReason, ResumeRules, Settings, StoreFull, Turn, TurnState
-from trio_gateway._events import GatewayStarted, TurnResumed, TurnSettled
+from trio_gateway._events import (
+    GatewayStarted,
+    StopRequested,
+    TurnBegun,
+    TurnResumed,
+    TurnSettled,
+)
 from trio_gateway._policy import SORRY_QUARANTINED
 from trio_gateway.store import edit_store, read_store
+from trio_gateway.testing import MemoryChannel
 
 QUICK = Settings(grace=1.0, budget=10.0)
 
@@ -407,3 +415,231 @@ async def test_p09_a_boot_that_cannot_write_charges_nobody(
         await gateway.wait_idle()
     assert machine.rows("SELECT crashes FROM turn") == [(1,)]
     assert machine.fate("m1") == "answered"
+
+
+# ----- what is charged, and when
+
+
+async def test_c27_the_charge_is_on_disk_when_the_agent_is_called(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """What the agent itself would read of its own record, in the first line of each attempt; and a
+    retry by a person begins with a clean one."""
+    seen: list[int] = []
+
+    async def agent(turn: Turn) -> str:
+        seen.extend(machine.rows("SELECT crashes FROM turn WHERE id = ?", turn.id)[0])
+        if retried:
+            return "at last"
+        await trio.sleep_forever()
+
+    retried = False
+    for _ in range(3):
+        async with machine.boot(agent, settings=QUICK) as gateway:
+            await gateway.accept(msg("a", "m1"))
+            await trio.sleep(1)
+            machine.crash()
+            gateway.request_stop(now=True)
+    async with machine.boot(agent) as gateway:
+        await gateway.wait_idle()
+    assert seen == [0, 1, 2]
+    with closing(read_store(machine.store)) as reader:
+        (row,) = reader.quarantine()
+    assert row.crashes == row.attempts == 3
+    edit_store(machine.store, lambda ledger: ledger.retry_quarantined(row.turn))
+    retried = True
+    async with machine.boot(agent) as gateway:
+        await gateway.wait_idle()
+    assert seen == [0, 1, 2, 0]
+    assert machine.fate("m1") == "answered"
+
+
+async def test_p09_suspects_one_at_a_time_and_everybody_else_beside(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """Five suspects and three that crashed once: never two suspects at once, at a planned stop in
+    the middle neither; the others need not wait for them, and nor do new messages."""
+    running: set[str] = set()
+    peaks: list[int] = []
+    beside: set[str] = set()
+
+    async def agent(turn: Turn) -> str:
+        name = turn.session.name
+        running.add(name)
+        if not dying:
+            suspects = {one for one in running if one.startswith("suspect")}
+            peaks.append(len(suspects))
+            if suspects:
+                beside.update(running - suspects)
+        try:
+            await trio.sleep(10)
+        finally:
+            running.discard(name)
+        return name
+
+    async def die(*names: str) -> None:
+        async with machine.boot(agent, settings=QUICK) as gateway:
+            await gateway.accept([msg(name, name) for name in names])
+            await trio.sleep(1)
+            machine.crash()
+            gateway.request_stop(now=True)
+
+    dying = True
+    await die(*(f"suspect{n}" for n in range(5)))
+    await die(*(f"once{n}" for n in range(3)))
+    dying = False
+    async with machine.boot(agent, settings=QUICK) as gateway:
+        await gateway.accept(msg("fresh", "fresh"))
+        # In the middle of the second suspect.
+        await trio.sleep(15)
+    async with machine.boot(agent, settings=QUICK) as gateway:
+        await gateway.wait_idle()
+        settled_well(gateway)
+    assert max(peaks) == 1
+    assert beside == {"once0", "once1", "once2", "fresh"}
+    assert sorted(machine.said()) == sorted(
+        [*(f"suspect{n}" for n in range(5)), *(f"once{n}" for n in range(3)), "fresh"]
+    )
+    alone = [e for e in machine.log.of(TurnResumed) if e.alone]
+    assert {event.session.name for event in alone} == {f"suspect{n}" for n in range(5)}
+
+
+async def test_p09_a_suspect_whose_channel_is_away_keeps_nobody(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """The first suspect in line waits for its channel: the next one does not wait for it."""
+    agent = Script()
+    chats = [MemoryChannel("away"), MemoryChannel("here")]
+    for life in range(2):
+        async with machine.boot(agent, *chats, settings=QUICK) as gateway:
+            await gateway.accept([msg("a", "m1", channel="away"), msg("b", "m2", channel="here")])
+            await agent.wait_begun(2 * life + 2)
+            machine.crash()
+            gateway.request_stop(now=True)
+    agent.release()
+    away, here = MemoryChannel("away", connected=False), MemoryChannel("here")
+    async with machine.boot(agent, away, here) as gateway:
+        await here.wait_sent(1)
+        await gateway.accept(msg("b", "m3", "next", channel="here"))
+        await here.wait_sent(2)
+        assert machine.fate("m1") == "running"
+        away.connect()
+        await gateway.wait_idle()
+    assert (away.texts(), here.texts()) == (["re: hi"], ["re: hi", "re: next"])
+
+
+@pytest.mark.parametrize("does", ["nothing", "says", "a step", "the same step"])
+async def test_c28_what_counts_as_progress(
+    machine: Machine, autojump_clock: MockClock, does: str
+) -> None:
+    """Three stops at the most: a new step clears the count. Talking does not, nor a step that was
+    done before: whoever comes back only to say so gets nowhere."""
+
+    async def think() -> int:
+        return 1
+
+    async def agent(turn: Turn) -> str:
+        if does == "says":
+            await turn.say(f"attempt {turn.attempt}")
+        if does == "the same step" or (does == "a step" and turn.attempt == 3):
+            await turn.step(think)
+        await trio.sleep_forever()
+
+    rules = ResumeRules(max_interruptions=3)
+    settings = Settings(grace=0.01, budget=10.0, resume=rules)
+    lives = 0
+    for lives in range(1, 20):
+        async with machine.boot(agent, settings=settings) as gateway:
+            if lives == 1:
+                await gateway.accept(msg("a", "m1"))
+            await trio.sleep(1)
+        if machine.fate("m1") == "quarantined":
+            break
+    # The life that puts it aside comes after the last that interrupted it.
+    assert lives - 1 == {"nothing": 3, "says": 3, "a step": 5, "the same step": 3}[does]
+    (row,) = machine.rows("SELECT crashes, interruptions FROM turn")
+    assert row == (0, 3)
+
+
+async def test_c28_who_waits_in_line_is_not_charged(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """One resumes at a time, and it never ends: stops charge it, and nobody behind it."""
+    agent = Script()
+    settings = Settings(grace=0.01, budget=10.0, resume=ResumeRules(concurrency=1))
+    async with machine.boot(agent, settings=settings) as gateway:
+        await gateway.accept([msg(name, name) for name in "abc"])
+        await agent.wait_begun(3)
+    for life in range(5):
+        async with machine.boot(agent, settings=settings) as gateway:
+            await agent.wait_begun(4 + life)
+            await trio.sleep(1)
+    counts = [interruptions for (interruptions,) in machine.rows("SELECT interruptions FROM turn")]
+    # Every stop charged the one that ran, whichever was first in line, and no other.
+    assert sum(counts) == 3 + 5
+    assert len(agent.turns) == 3 + 5
+
+
+async def test_c30_a_running_gateway_is_read_and_not_written(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """While a gateway has the store, quarantine is listed, and a retry refused, naming who."""
+    agent = Script()
+    turn = await quarantine_one(machine, agent)
+    store = ("--store", str(machine.store))
+    async with machine.boot(agent):
+        listed = json.loads(command("quarantine", "list", "--json", *store).stdout)
+        refused = command("quarantine", "retry", str(turn), *store)
+    assert [row["turn"] for row in listed] == [turn]
+    assert refused.returncode == 1
+    assert f"in use by process {os.getpid()}" in refused.stderr
+    assert machine.fate("m1") == "quarantined"
+
+
+# ----- c31: a turn that asks for a restart
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_c31_p13_who_asks_for_a_restart_settles_first_and_does_not_ask_again(
+    machine: Machine, autojump_clock: MockClock, killed: bool
+) -> None:
+    """When the stop is requested the turn that asked is answered on disk; killed in that moment,
+    too, no boot asks again. The one beside it is marked, charged no crash, and goes on."""
+    agent = Script()
+    fates: list[str] = []
+
+    async def asks(turn: Turn) -> str:
+        if turn.session.name == "asks":
+            turn.request_restart()
+            await trio.sleep(3)
+            return "restarting"
+        return await agent(turn)
+
+    def at_the_stop(event: object) -> None:
+        if isinstance(event, StopRequested):
+            fates.append(machine.fate("m1"))
+            if killed:
+                machine.crash()
+
+    machine.log.hooks.append(at_the_stop)
+    settings = Settings(grace=5.0, budget=20.0)
+    async with machine.boot(asks, settings=settings) as gateway:
+        began = trio.current_time()
+        await gateway.accept([msg("asks", "m1"), msg("beside", "m2")])
+        await gateway.wait_stop_requested()
+        assert trio.current_time() - began == pytest.approx(3.0)
+        assert gateway.stop_reason is ResumeReason.RESTART
+    machine.log.hooks.clear()
+    assert fates == ["answered"]
+    expected = ("RUNNING", None) if killed else ("RESUME_PENDING", "restart")
+    assert machine.markers() == {"beside": expected}
+    agent.release()
+    for _ in range(3):
+        async with machine.boot(asks) as gateway:
+            await gateway.wait_idle()
+            await trio.sleep(600)
+            assert gateway.stop_reason is None
+    assert machine.said() == ["restarting", "re: hi"]
+    begun = [event.session.name for event in machine.log.of(TurnBegun)]
+    assert sorted(begun) == ["asks", "beside", "beside"]
+    assert machine.rows("SELECT max(crashes) FROM turn") == [(int(killed),)]
