@@ -26,7 +26,7 @@ import trio
 from cattrs.preconf.orjson import make_converter
 
 from ._errors import AgentMisuse, StepInDoubt, StepNotStorable, lone_cause
-from ._policy import step_name
+from ._policy import lone_surrogate, step_name
 
 T = TypeVar("T")
 
@@ -138,7 +138,7 @@ class Steps:
         self, fn: Callable[..., Any], args: tuple[Any, ...], name: str | None, effect: Effect
     ) -> Any:
         """Run `fn(*args)`, or return what it returned before."""
-        name = self.next_name(name or default_name(fn))
+        name = self.next_name(default_name(fn) if name is None else _storable_name(name))
         what = f"the result of step {name!r}"
         kind = return_type(fn)
         if name in self.known:
@@ -156,6 +156,13 @@ class Steps:
         await self.memory.remember(name, effect, stored, began_at)
         self.known[name] = stored
         return result
+
+
+def _storable_name(name: object) -> str:
+    """A name that can be kept; else what was done under it could not be remembered."""
+    if not isinstance(name, str) or not name or lone_surrogate(name) is not None:
+        raise AgentMisuse(f"step: name={name!r}: expected a text, or None for the function's name")
+    return name
 
 
 async def call(fn: Callable[..., Any], *args: Any) -> Any:

@@ -762,8 +762,10 @@ class Turn:
     def progress(self, text: str) -> None:
         """Show what the turn is doing: ephemeral, replaces what was shown before, may be dropped,
         and is gone when the turn ends. Does not wait."""
-        if self._closed:
-            return
+        if not self._closed:
+            _in_loop(self._show, text)
+
+    def _show(self, text: str) -> None:
         self._showing = bool(text)
         turn = self._turn
         self._desk.links.show(turn.session.channel, turn.session.name, text)
@@ -878,7 +880,7 @@ class Turn:
         self._must_be_open("request_restart")
         if not self._turn.restart_asked and self._child is not None:
             self._turn.restart_asked = True
-            self._desk.ask_restart(self._child)
+            _in_loop(self._desk.ask_restart, self._child)
 
     def _must_be_open(self, what: str) -> None:
         if self._closed:
@@ -905,6 +907,14 @@ class Turn:
         session, links = self._turn.session, self._desk.links
         if self._showing or links.shows_work(session.channel):
             links.show(session.channel, session.name, "")
+
+
+def _in_loop(call: Callable[..., None], *args: object) -> None:
+    """Call it in the event loop: at once, or out of a plain agent's thread."""
+    if trio.lowlevel.in_trio_run():
+        call(*args)
+    else:
+        trio.from_thread.run_sync(call, *args)
 
 
 class _Memory:
