@@ -21,6 +21,7 @@ from trio_gateway import (
     AgentMisuse,
     AgentNotUsable,
     AsyncAgent,
+    Gateway,
     Message,
     Reply,
     ReplyKind,
@@ -244,6 +245,63 @@ async def test_forty_plain_agents_can_all_use_their_turn(tmp_path: Path) -> None
             await gateway.wait_idle()
             settled_well(gateway)
     assert [reply.text for reply in replies] == ["thinking", "42"]
+
+
+async def test_a_plain_agent_can_use_what_does_not_wait(tmp_path: Path) -> None:
+    """`progress` and `request_restart` from its thread, while a task waits for events."""
+    channel = MemoryChannel()
+    shown: list[str] = []
+
+    def agent(turn: Turn) -> str:
+        for n in range(20):
+            turn.progress(f"{n}")
+        assert turn.draining.value is False
+        turn.request_restart()
+        return turn.idempotency_key("x")
+
+    async def watch(gateway: Gateway) -> None:
+        async with gateway.events() as events:
+            async for event in events:
+                if isinstance(event, ProgressShown):
+                    shown.append(event.text)
+
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            async with open_gateway(
+                agent, store=tmp_path / "gateway.db", channels=[channel]
+            ) as gateway:
+                nursery.start_soon(watch, gateway)
+                await trio.testing.wait_all_tasks_blocked()
+                await channel.receive("a", "m1", "hi")
+                await gateway.wait_stop_requested()
+                assert gateway.stop_reason is ResumeReason.RESTART
+            nursery.cancel_scope.cancel()
+    assert [text for _, text in channel.shown] == [*map(str, range(20)), ""]
+    assert shown == [*map(str, range(20))]
+    assert len(channel.sent) == 1
+
+
+@pytest.mark.parametrize("name", [5, b"x", "a lone \udc80"])
+async def test_p14_a_name_of_a_step_that_cannot_be_kept(
+    machine: Machine, autojump_clock: MockClock, name: Any
+) -> None:
+    """Refused before the step runs: what ran could not be remembered."""
+    ran: list[str] = []
+    errors: list[str] = []
+
+    async def think() -> None:
+        ran.append("ran")
+
+    async def agent(turn: Turn) -> str:
+        try:
+            await turn.step(think, name=name, effect="unsafe")
+        except AgentMisuse as error:
+            errors.append(str(error))
+        return "done"
+
+    await once(machine, agent)
+    assert ran == []
+    assert "name" in errors[0]
 
 
 # ----- what an agent returns and raises
