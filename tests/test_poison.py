@@ -221,6 +221,7 @@ async def test_c28_a_hundred_planned_restarts(
         return n
 
     async def agent(turn: Turn) -> str:
+        reached = 0
         if progress == "checkpoint":
             reached = int(turn.checkpointed or 0) + 1
             await turn.checkpoint(reached)
@@ -429,9 +430,9 @@ async def test_c27_the_charge_is_on_disk_when_the_agent_is_called(
 
     async def agent(turn: Turn) -> str:
         seen.extend(machine.rows("SELECT crashes FROM turn WHERE id = ?", turn.id)[0])
-        if retried:
-            return "at last"
-        await trio.sleep_forever()
+        if not retried:
+            await trio.sleep_forever()
+        return "at last"
 
     retried = False
     for _ in range(3):
@@ -504,28 +505,69 @@ async def test_p09_suspects_one_at_a_time_and_everybody_else_beside(
     assert {event.session.name for event in alone} == {f"suspect{n}" for n in range(5)}
 
 
+async def make_suspects(machine: Machine, agent: Script, *names: str) -> None:
+    """Turns that have been running at two crashes, in this order; "x:y" is in the channel x."""
+    messages = [msg(name, name, channel=name.partition(":")[0]) for name in names]
+    for life in range(2):
+        chats = [MemoryChannel(name) for name in sorted({m.channel for m in messages})]
+        async with machine.boot(agent, *chats, settings=QUICK) as gateway:
+            for chat in chats:
+                await chat.wait_ready()
+            for message in messages:
+                await gateway.accept(message)
+            await agent.wait_begun(len(names) * (life + 1))
+            machine.crash()
+            gateway.request_stop(now=True)
+    assert {row.crashes for row in machine.open_turns()} == {1}
+
+
 async def test_p09_a_suspect_whose_channel_is_away_keeps_nobody(
     machine: Machine, autojump_clock: MockClock
 ) -> None:
-    """The first suspect in line waits for its channel: the next one does not wait for it."""
+    """Suspects that wait for their channel, before and behind one that need not: it does not wait
+    for them, and nor does its session."""
     agent = Script()
-    chats = [MemoryChannel("away"), MemoryChannel("here")]
-    for life in range(2):
-        async with machine.boot(agent, *chats, settings=QUICK) as gateway:
-            await gateway.accept([msg("a", "m1", channel="away"), msg("b", "m2", channel="here")])
-            await agent.wait_begun(2 * life + 2)
-            machine.crash()
-            gateway.request_stop(now=True)
+    # Trio starts tasks that are ready in this order or the reverse: one that is away is first.
+    await make_suspects(machine, agent, "away:1", "here:1", "away:2")
     agent.release()
     away, here = MemoryChannel("away", connected=False), MemoryChannel("here")
     async with machine.boot(agent, away, here) as gateway:
         await here.wait_sent(1)
-        await gateway.accept(msg("b", "m3", "next", channel="here"))
+        await gateway.accept(msg("here:1", "m2", "next", channel="here"))
         await here.wait_sent(2)
-        assert machine.fate("m1") == "running"
+        assert machine.fate("away:1") == machine.fate("away:2") == "running"
         away.connect()
         await gateway.wait_idle()
-    assert (away.texts(), here.texts()) == (["re: hi"], ["re: hi", "re: next"])
+        settled_well(gateway)
+    assert here.texts() == ["re: hi", "re: next"]
+    assert sorted(d.session.name for d in away.sent) == ["away:1", "away:2"]
+
+
+async def test_p09_a_suspect_whose_channel_goes_away_in_line_keeps_nobody(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """Its channel was there when it got in line, and is gone when its turn comes: the next one."""
+    agent = Script()
+    names = ("here", "away", "later")
+    await make_suspects(machine, agent, *(f"{name}:1" for name in names))
+    here, away, later = (MemoryChannel(name, connected=False) for name in names)
+    begun = len(agent.turns)
+    async with machine.boot(agent, here, away, later) as gateway:
+        for channel in (here, away, later):
+            channel.connect()
+            await channel.wait_ready()
+            await trio.sleep(1)
+        away._may_connect.value = False
+        away.break_down(ConnectionError("gone"))
+        await trio.sleep(1)
+        assert [turn.session.channel for turn in agent.turns[begun:]] == ["here"]
+        agent.release()
+        await later.wait_sent(1)
+        assert machine.fate("away:1") == "running"
+        away.connect()
+        await gateway.wait_idle()
+        settled_well(gateway)
+    assert away.texts() == ["re: hi"]
 
 
 @pytest.mark.parametrize("does", ["nothing", "says", "a step", "the same step"])
