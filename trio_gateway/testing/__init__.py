@@ -9,10 +9,20 @@ store.
     VirtualClock             a clock that follows Trio's, so that an hour passes in no time
     GatewayOpener            opens gateways on one store, for tests of several boots
     check_invariants         what must be true of a store file, whatever happened
+    check_store              the contract of a store, as a suite
+    check_channel            the contract of a channel, as a suite
 
 Fixtures for pytest are in `trio_gateway.testing.plugin`; pytest finds them by itself.
 """
 
+from ._check_channel import (
+    CHANNEL_CHECKS,
+    ChannelBench,
+    MakeBench,
+    MemoryIntake,
+    check_channel,
+)
+from ._check_store import STORE_CHECKS, OpenStore, check_store
 from ._clock import VirtualClock
 from ._crash import (
     CrashFailure,
@@ -33,7 +43,10 @@ from ._opener import GatewayOpener
 from ._world import Arrived, SurvivingChannel, World
 
 __all__ = [
+    "CHANNEL_CHECKS",
+    "STORE_CHECKS",
     "Arrived",
+    "ChannelBench",
     "CrashFailure",
     "CrashPoint",
     "CrashPoints",
@@ -41,12 +54,17 @@ __all__ = [
     "GatewayOpener",
     "Life",
     "LifeFailed",
+    "MakeBench",
     "MemoryChannel",
+    "MemoryIntake",
+    "OpenStore",
     "Scenario",
     "SurvivingChannel",
     "VirtualClock",
     "World",
+    "check_channel",
     "check_invariants",
+    "check_store",
     "die",
     "every_crash_point",
     "kill_my_agent_anywhere",

@@ -36,12 +36,11 @@ from ..store import (
     Settlement,
     Store,
 )
+from ._rules import Check, plainly, rule
 
 OpenStore: TypeAlias = Callable[[str], AbstractAsyncContextManager[Store]]
 """Opens the store of that name: a new one, or what an earlier block has left there. Leaving the
 block closes it without any farewell, so that the next one finds what a crash would have left."""
-
-StoreCheck: TypeAlias = "Callable[[OpenStore], object]"
 
 FOREVER: Final = 1 << 62
 """Later than any moment, in microseconds since 1970."""
@@ -54,12 +53,6 @@ async def check_store(open_store: OpenStore) -> None:
     """
     for check in STORE_CHECKS:
         await check(open_store)
-
-
-def rule(holds: bool, sentence: str, found: object = None) -> None:
-    """Raise `AssertionError` unless the rule holds."""
-    if not holds:
-        raise AssertionError(f"{sentence}; found: {found!r}")
 
 
 # ----- small tools
@@ -648,33 +641,36 @@ async def check_cancellation(open_store: OpenStore) -> None:
         rule(await _state_of(store, "settled") == "answered", "what has happened is written")
 
 
-STORE_CHECKS: Final = (
-    check_identity,
-    check_epochs,
-    check_accept_inserts_if_absent,
-    check_a_duplicate_begins_nothing,
-    check_cursor_moves_with_its_messages,
-    check_interrupt_stops_and_requeues,
-    check_begin,
-    check_settle_is_one_change,
-    check_settle_asked_twice,
-    check_each_end,
-    check_clear_resume_pending,
-    check_marking,
-    check_crash_is_charged,
-    check_unresumed_keeps_its_marker,
-    check_late_attempt_changes_nothing,
-    check_end_pending,
-    check_stopped_is_stopped,
-    check_steps,
-    check_checkpoints_and_progress,
-    check_saying_again,
-    check_take,
-    check_outbox,
-    check_notices,
-    check_history,
-    check_forget,
-    check_order,
-    check_cancellation,
+STORE_CHECKS: Final[tuple[Check[OpenStore], ...]] = tuple(
+    plainly(check)
+    for check in (
+        check_identity,
+        check_epochs,
+        check_accept_inserts_if_absent,
+        check_a_duplicate_begins_nothing,
+        check_cursor_moves_with_its_messages,
+        check_interrupt_stops_and_requeues,
+        check_begin,
+        check_settle_is_one_change,
+        check_settle_asked_twice,
+        check_each_end,
+        check_clear_resume_pending,
+        check_marking,
+        check_crash_is_charged,
+        check_unresumed_keeps_its_marker,
+        check_late_attempt_changes_nothing,
+        check_end_pending,
+        check_stopped_is_stopped,
+        check_steps,
+        check_checkpoints_and_progress,
+        check_saying_again,
+        check_take,
+        check_outbox,
+        check_notices,
+        check_history,
+        check_forget,
+        check_order,
+        check_cancellation,
+    )
 )
 """Each check by itself, for a parametrised test."""

@@ -40,9 +40,9 @@ WHERE message.state NOT IN ('queued', 'running')
     WHEN 'COMPLETED' THEN 'answered' WHEN 'FAILED' THEN 'failed' WHEN 'STOPPED' THEN 'stopped'
     WHEN 'QUARANTINED' THEN 'quarantined' WHEN 'EXPIRED' THEN 'expired' ELSE 'still open' END;
 
--- a waiting message belongs to no turn, or to an earlier one that has ended
-SELECT message.id, turn.id FROM message JOIN turn ON turn.id = message.turn
-WHERE message.state = 'queued' AND turn.state IN ('RUNNING', 'RESUME_PENDING');
+-- a waiting message belongs to no turn, or to an earlier one that ended without an answer
+SELECT message.id, turn.id, turn.state FROM message JOIN turn ON turn.id = message.turn
+WHERE message.state = 'queued' AND turn.state IN ('RUNNING', 'RESUME_PENDING', 'COMPLETED');
 
 -- a turn has a reason exactly while it is RESUME_PENDING (I5)
 SELECT id, state, reason FROM turn WHERE (state = 'RESUME_PENDING') != (reason IS NOT NULL);
