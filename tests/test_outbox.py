@@ -271,8 +271,8 @@ def _reply(n: int, kind: ReplyKind, *parts: str) -> NewReply:
 async def test_c41_retry_after_delays_that_destination_alone(
     machine: Machine, autojump_clock: MockClock
 ) -> None:
-    """ "Retry after 30 s", five times over, with only one try allowed: it is no failed try. The
-    others are served at once; the one that waits loses nothing, and nothing of its order."""
+    """ "Retry after 30 s", five times over: none is a failed try, of which one is allowed. The others
+    are served at once; the one that waits loses nothing, and nothing of its order."""
     channel = Platform()
     asked: list[float] = []
     when: dict[str, float] = {}
@@ -283,10 +283,12 @@ async def test_c41_retry_after_delays_that_destination_alone(
             asked.append(trio.current_time())
             if len(asked) <= 5:
                 raise RetryLater(30)
+            if len(asked) == 6:
+                raise ConnectionError("the one failure that is allowed")
         when[delivery.text] = trio.current_time()
 
     channel.before_send = limited
-    async with machine.boot(echo(), channel, settings=tries_hard(max_tries=1)) as gateway:
+    async with machine.boot(echo(), channel, settings=tries_hard(max_tries=2)) as gateway:
         await channel.wait_ready()
         began = trio.current_time()
         names = ["slow 1", "slow 2", "b", "c"]
@@ -294,7 +296,7 @@ async def test_c41_retry_after_delays_that_destination_alone(
         await gateway.wait_idle()
         settled_well(gateway)
     assert (when["b"], when["c"]) == (began, began)
-    assert [round(later - earlier, 3) for earlier, later in pairwise(asked)] == [30.0] * 5
+    assert [round(later - earlier, 3) for earlier, later in pairwise(asked[:6])] == [30.0] * 5
     assert when["slow 2"] >= when["slow 1"] == asked[-1]
     assert channel.texts("slow") == ["slow 1", "slow 2"]
     assert dead_letters(machine) == ()
@@ -931,6 +933,26 @@ async def test_c45_the_last_replies_of_a_drain_leave(
     assert channel.texts() == ["one", "two"]
     assert gateway.report is not None
     assert not gateway.report.timed_out
+
+
+async def test_c45_who_waits_for_a_sender_counts_too(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """One sender, three destinations: the stop waits for all three, one after the other."""
+    channel = Platform()
+
+    async def slow(delivery: Delivery) -> None:
+        await trio.sleep(5)
+
+    channel.before_send = slow
+    settings = Settings(grace=20.0, limits=Limits(deliveries=1))
+    async with machine.boot(echo(), channel, settings=settings) as gateway:
+        await channel.wait_ready()
+        await gateway.accept([to(f"s{n}", f"m{n}") for n in range(3)])
+        await machine.log.wait_for(ReplyCommitted, 3)
+        began = trio.current_time()
+    assert trio.current_time() - began == pytest.approx(15.0, abs=0.01)
+    assert sorted(channel.texts()) == ["m0", "m1", "m2"]
 
 
 @pytest.mark.parametrize("how", ["hangs", "waits", "disconnected"])
