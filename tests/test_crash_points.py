@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 import trio
 import trio.lowlevel
@@ -36,8 +39,16 @@ from trio_gateway import (
     Turn,
 )
 from trio_gateway._events import StopRequested, TurnSettled
-from trio_gateway.store import edit_store, read_store
+from trio_gateway.store import (
+    Ledger,
+    Settled,
+    Settlement,
+    SqliteStore,
+    edit_store,
+    read_store,
+)
 from trio_gateway.testing import (
+    CrashFailure,
     CrashReport,
     Life,
     Scenario,
@@ -133,9 +144,9 @@ async def remembering(life: Life, turn: Turn) -> str:
     note = life.world.note
 
     async def do(what: str, result: str) -> str:
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         note(f"did {what}")
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         return result
 
     async def look() -> str:
@@ -419,15 +430,16 @@ async def polling(life: Life) -> None:
         await gateway.wait_idle()
 
 
-def test_p01_c34_batches_with_a_cursor_are_killed_anywhere() -> None:
-    def check(world: World) -> None:
-        all_ended(world)
-        answered_once(world, "m0", "m1", "m2", "m3", "m4")
-        exactly_the_interrupted_resumed(world)
-        # Not even handed in twice: the cursor moves in the transaction of its messages.
-        assert not noted(world, "again")
+def check_polling(world: World) -> None:
+    all_ended(world)
+    answered_once(world, "m0", "m1", "m2", "m3", "m4")
+    exactly_the_interrupted_resumed(world)
+    # Not even handed in twice: the cursor moves in the transaction of its messages.
+    assert not noted(world, "again")
 
-    kill_anywhere(polling, check)
+
+def test_p01_c34_batches_with_a_cursor_are_killed_anywhere() -> None:
+    kill_anywhere(polling, check_polling)
 
 
 # ----- deliveries
@@ -448,18 +460,29 @@ def deliveries(*, idempotent: bool) -> Scenario:
     return scenario
 
 
-@pytest.mark.parametrize("idempotent", [True, False])
-def test_p07_c23_c40_c43_deliveries_in_parts_are_killed_anywhere(idempotent: bool) -> None:
-    def check(world: World) -> None:
-        all_ended(world)
-        answered_once(world, "m1", forgetful=not idempotent)
-        exactly_the_interrupted_resumed(world)
-        said = shown_to(world, "ada")
-        assert "".join(said) == "first of all, thisone two three four"
-        # A platform that knows no keys is sent again only what was on the wire at the death.
-        assert idempotent or len(world.arrived()) <= len(said) + 1
+def check_deliveries(world: World) -> None:
+    all_ended(world)
+    answered_once(world, "m1")
+    exactly_the_interrupted_resumed(world)
+    assert "".join(shown_to(world, "ada")) == "first of all, thisone two three four"
 
-    kill_anywhere(deliveries(idempotent=idempotent), check)
+
+def check_forgetful_deliveries(world: World) -> None:
+    """On a platform that knows no keys, only what was on the wire at the death is sent again."""
+    all_ended(world)
+    answered_once(world, "m1", forgetful=True)
+    exactly_the_interrupted_resumed(world)
+    said = shown_to(world, "ada")
+    assert "".join(said) == "first of all, thisone two three four"
+    assert len(world.arrived()) <= len(said) + 1
+
+
+def test_p07_c23_c40_deliveries_in_parts_are_killed_anywhere() -> None:
+    kill_anywhere(deliveries(idempotent=True), check_deliveries)
+
+
+def test_p07_c40_c43_deliveries_to_a_forgetful_platform_are_killed_anywhere() -> None:
+    kill_anywhere(deliveries(idempotent=False), check_forgetful_deliveries)
 
 
 # ----- put aside, and taken up again
@@ -552,3 +575,109 @@ def test_c22_an_expiry_is_killed_anywhere() -> None:
         exactly_the_interrupted_resumed(world, ended_instead=("EXPIRED",))
 
     kill_anywhere(expiring, check)
+
+
+# ----- the power of all this: known-bad gateways are caught
+
+
+def patch(name: str, make: Callable[[Any], Any], owner: type = SqliteStore) -> Callable[[], None]:
+    """Replace a method, in this process alone: that is, in one life."""
+
+    def apply() -> None:
+        setattr(owner, name, make(getattr(owner, name)))
+
+    return apply
+
+
+def reply_apart(settle: Any) -> Any:
+    """The reply gets a transaction of its own, after the turn's."""
+
+    async def apart(store: SqliteStore, end: Settlement) -> Settled:
+        reply, end.reply = end.reply, None
+        settled: Settled = await settle(store, end)
+        if settled.applied and reply is not None:
+            end.reply = reply
+            key = f"{store.store_id}-{end.turn}-end"
+            insert = partial(store._ledger._insert, attempt=end.attempt, turn=end.turn)
+            settled.deliveries = await store._run(insert, end.session, end.session_id, reply, key)
+        return settled
+
+    return apart
+
+
+def cursor_first(accept: Any) -> Any:
+    """The cursor moves in a transaction before that of its messages."""
+
+    async def apart(store: SqliteStore, arrivals: Any, cursor: Any = None) -> Any:
+        await accept(store, [], cursor)
+        return await accept(store, arrivals)
+
+    return apart
+
+
+def ids_of_this_life_only(accept_one: Any) -> Any:
+    """Ids are recognised as long as the process lives."""
+
+    def accept(ledger: Ledger, arrival: Any, now: int) -> Any:
+        message = attrs.evolve(arrival.message, id=f"{arrival.message.id}@{ledger._epoch}")
+        return accept_one(ledger, attrs.evolve(arrival, message=message), now)
+
+    return accept
+
+
+def nothing_recovered(recover: Any) -> Any:
+    """A boot overlooks what was interrupted."""
+
+    def overlook(ledger: Ledger) -> Any:
+        return attrs.evolve(recover(ledger), turns=())
+
+    return overlook
+
+
+def says_yes(method: Any) -> Any:
+    """Nothing is written, and nobody told."""
+
+    async def yes(store: SqliteStore, *args: Any) -> bool:
+        return True
+
+    return yes
+
+
+KNOWN_BAD: dict[str, tuple[Callable[[], None], Scenario, Callable[[World], None]]] = {
+    "the reply is committed after its turn": (patch("settle", reply_apart), plain, check_plain),
+    "the cursor is committed before its messages": (
+        patch("accept", cursor_first),
+        polling,
+        check_polling,
+    ),
+    "ids are kept in memory": (
+        patch("_accept_one", ids_of_this_life_only, Ledger),
+        plain,
+        check_plain,
+    ),
+    "interrupted turns are overlooked": (
+        patch("recover", nothing_recovered, Ledger),
+        plain,
+        check_plain,
+    ),
+    "steps are not remembered": (patch("remember", says_yes), errand, check_errand),
+    "arrivals are not recorded": (patch("delivered", says_yes), plain, check_plain),
+    "sendings are not recorded": (
+        patch("sending", says_yes),
+        deliveries(idempotent=False),
+        check_forgetful_deliveries,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", KNOWN_BAD)
+def test_a_gateway_that_is_known_to_be_bad_is_caught(fault: str) -> None:
+    break_it, scenario, check = KNOWN_BAD[fault]
+
+    async def broken(life: Life) -> None:
+        break_it()
+        await scenario(life)
+
+    with pytest.raises(CrashFailure) as caught:
+        kill_anywhere(broken, check)
+    print(f"{fault}: {caught.value}")

@@ -33,7 +33,7 @@ from trio_gateway import (
     Turn,
 )
 from trio_gateway._events import GatewayFailed, SettleDelayed, StoreTrouble
-from trio_gateway.store import _writer
+from trio_gateway.store import _writer, open_store
 from trio_gateway.testing import (
     CrashPoints,
     GatewayOpener,
@@ -352,6 +352,24 @@ def life_on(make_fault: Callable[[], Fault]) -> Scenario:
                 die()
 
     return scenario
+
+
+@pytest.mark.parametrize("at", range(1, 13))
+def test_a_store_whose_maker_died_while_making_it_is_made_by_the_next(
+    at: int, tmp_path: Path
+) -> None:
+    async def half_made(life: Life) -> None:
+        with Disk() as disk:
+            disk.fault = Fault("power", at)
+            with pytest.raises(StoreError):
+                async with open_store(life.world.store):
+                    raise AssertionError("opened")
+            die()
+
+    world = World(tmp_path)
+    assert live(half_made, world)
+    assert not live(calm, world, number=2, virtual_time=True)
+    all_ended(world)
 
 
 ONCE = ("eio", "full", "read")

@@ -125,14 +125,15 @@ def all_ended(world: World, **ends: str) -> None:
     Nothing is open."""
     check_invariants(world.store, settled=True)
     found = dict(rows(world.store, "SELECT id, state FROM message WHERE state != 'answered'"))
-    assert found == ends
+    assert found == ends, f"what was not answered: {found}"
 
 
 def answered_once(world: World, *ids: str, forgetful: bool = False) -> None:
     """Promises 6 and 7: each message has one final reply. What the platform was sent twice is the
     same text under the same key; a platform that is `forgetful` of keys is told that it repeats."""
     finals = [text for text in world.shown() if text.final]
-    assert Counter(id for text in finals for id in text.in_reply_to) == Counter(ids)
+    answers = Counter(id for text in finals for id in text.in_reply_to)
+    assert answers == Counter(ids), f"answered were {answers}"
     first: dict[str, str] = {}
     for text in world.arrived():
         is_repeat = text.key in first

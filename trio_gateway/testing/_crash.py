@@ -343,7 +343,7 @@ def _blaming(death: Death) -> Generator[None, None, None]:
     try:
         yield
     except Exception as error:
-        raise CrashFailure(_named(death), str(error)) from error
+        raise CrashFailure(_named(death), str(error) or repr(error)) from error
 
 
 FAILURE: Final = "failure.txt"
