@@ -17,7 +17,7 @@ Time is virtual: a test takes `machine` (see conftest) and, for pytest-trio, `au
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +68,8 @@ def crash_copy(store: Path) -> Path:
 
 def rows(store: Path, sql: str, *args: Any) -> list[tuple[Any, ...]]:
     """What another process would read right now."""
-    with closing(apsw.Connection(str(store), flags=apsw.SQLITE_OPEN_READONLY)) as db:
+    db: Any = apsw.Connection(str(store), flags=apsw.SQLITE_OPEN_READONLY)
+    with closing(db):
         return list(db.execute(sql, args))
 
 
@@ -176,7 +177,7 @@ class Machine:
         *channels: Channel,
         settings: Settings | None = None,
         authorize: Authorize | None = None,
-    ) -> AsyncIterator[Gateway]:
+    ) -> AsyncGenerator[Gateway, None]:
         """A gateway on this store, on virtual time."""
         async with open_gateway(
             agent,

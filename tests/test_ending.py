@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -214,7 +214,7 @@ async def test_c47_asked_to_stop_by_the_first_event(
     opened: list[Gateway] = []
 
     @asynccontextmanager
-    async def asks_to_stop() -> AsyncIterator[AsyncAgent]:
+    async def asks_to_stop() -> AsyncGenerator[AsyncAgent, None]:
         # The agent's own block is entered just before recovery.
         opened[0].request_stop(ResumeReason.RESTART)
         yield agent
@@ -439,7 +439,7 @@ async def test_c49_what_an_agent_owns_falls_over(
     script = Script()
 
     @asynccontextmanager
-    async def agent() -> AsyncIterator[AsyncAgent]:
+    async def agent() -> AsyncGenerator[AsyncAgent, None]:
         async def fall_over() -> None:
             await trio.sleep(5)
             raise LookupError("the agent's client broke")
@@ -517,7 +517,7 @@ async def test_c49_the_error_of_a_boot_comes_out_as_it_is(tmp_path: Path) -> Non
     store = tmp_path / "gateway.db"
 
     @asynccontextmanager
-    async def broken() -> AsyncIterator[AsyncAgent]:
+    async def broken() -> AsyncGenerator[AsyncAgent, None]:
         raise LookupError("no key")
         yield Script()
 

@@ -60,12 +60,12 @@ class Chaos:
     pace: float = 1.0
     """Seconds that what is thrown as a second takes."""
     calm: bool = False
-    accepted: dict[str, Message] = attrs.field(factory=dict)
+    accepted: dict[str, Message] = attrs.field(factory=dict[str, Message])
     """What a receipt said is kept, in the order of the receipts."""
-    effects: Counter[str] = attrs.field(factory=Counter)
-    arrived: list[Delivery] = attrs.field(factory=list)
-    in_session: Counter[str] = attrs.field(factory=Counter)
-    attempts: Counter[tuple[int, int]] = attrs.field(factory=Counter)
+    effects: Counter[str] = attrs.field(factory=Counter[str])
+    arrived: list[Delivery] = attrs.field(factory=list[Delivery])
+    in_session: Counter[str] = attrs.field(factory=Counter[str])
+    attempts: Counter[tuple[int, int]] = attrs.field(factory=Counter[tuple[int, int]])
     sent: int = 0
 
     async def some(self, seconds: float) -> None:

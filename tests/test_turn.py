@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ class Client:
 
 
 @asynccontextmanager
-async def owner() -> AsyncIterator[AsyncAgent]:
+async def owner() -> AsyncGenerator[AsyncAgent, None]:
     """One that owns something, as a function."""
     Client.opened.append("in")
     try:
@@ -120,24 +120,28 @@ async def with_more(prefix: str, turn: Turn) -> str:
     return f"{prefix}: {turn.text}"
 
 
+def forgotten_async(turn: Turn) -> Any:
+    """One that is plain by its looks, and returns something to await."""
+    return with_more("kindly", turn)
+
+
 def plain(turn: Turn) -> str:
     """One that is a plain function."""
     assert threading.current_thread() is not threading.main_thread()
     return f"kindly: {turn.text}"
 
 
-@pytest.mark.parametrize(
-    "agent",
-    [
-        Polite(),
-        PlainPolite(),
-        plain,
-        partial(with_more, "kindly"),
-        partial(plain),
-        lambda turn: f"kindly: {turn.text}",
-        lambda turn: with_more("kindly", turn),
-    ],
-)
+AGENTS: list[Agent] = [
+    Polite(),
+    PlainPolite(),
+    plain,
+    partial(with_more, "kindly"),
+    partial(plain),
+    forgotten_async,
+]
+
+
+@pytest.mark.parametrize("agent", AGENTS)
 async def test_agents_of_every_kind(tmp_path: Path, agent: Agent) -> None:
     """Async or plain; functions, methods, partials and objects; one that returns an awaitable."""
     with trio.fail_after(PATIENCE):
@@ -168,7 +172,7 @@ async def test_what_an_agent_owns_outlives_its_turns(
     story: list[str] = []
 
     @asynccontextmanager
-    async def agent() -> AsyncIterator[AsyncAgent]:
+    async def agent() -> AsyncGenerator[AsyncAgent, None]:
         async def answer(turn: Turn) -> str:
             await trio.sleep(5)
             story.append("answered")
