@@ -17,8 +17,8 @@ The message's number is the cursor: it is committed together with the message, s
 and none is answered twice, whatever breaks between the two. The platform shows a post once for each
 key, so the channel calls itself idempotent, and a post whose answer got lost is sent again.
 
-The program breaks the line at the worst moment, and lets a message arrive while there is no
-gateway.
+The program breaks the line at the worst moment, asks the channel to wait, and lets a message arrive
+while there is no gateway.
 """
 
 from __future__ import annotations
@@ -134,20 +134,28 @@ class LineChannel(Channel):
 
 
 class Platform:
-    """Keeps what people say, shows what is posted, and can break the line on purpose."""
+    """Keeps what people say, and shows what is posted. `next_answer` makes it difficult, once."""
 
     def __init__(self) -> None:
         self.posts = 0
         self.shown: dict[str, str] = {}
-        self.break_before_answer = False
+        self.next_answer = "posted"
+        """How the next post is answered: posted, wait, gone; or not at all: the line breaks."""
+        self.seconds = 0.2
         self._messages: list[dict[str, Any]] = []
         self._news = trio.Event()
+        self._line = trio.CancelScope()
 
     async def start(self, nursery: trio.Nursery) -> int:
         """Serve in `nursery`; return the port."""
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         await nursery.start(trio.serve_listeners, self._serve, listeners)
         return int(listeners[0].socket.getsockname()[1])
+
+    def hang_up(self) -> None:
+        """Break the line."""
+        print("the line breaks")
+        self._line.cancel()
 
     def say(self, room: str, text: str) -> None:
         """Somebody says something."""
@@ -166,7 +174,13 @@ class Platform:
         self._news = trio.Event()
 
     async def _serve(self, stream: trio.SocketStream) -> None:
-        wire = Wire(stream)
+        try:
+            with trio.CancelScope() as self._line:
+                await self._talk(Wire(stream))
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            print("somebody is gone")
+
+    async def _talk(self, wire: Wire) -> None:
         hello = await wire.read()
         if hello is None:
             return
@@ -174,8 +188,7 @@ class Platform:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._push, wire, hello["watch"])
             while (line := await wire.read()) is not None:
-                if not await self._take_post(wire, line):
-                    break
+                await self._take_post(wire, line)
             nursery.cancel_scope.cancel()
 
     async def _push(self, wire: Wire, number: int) -> None:
@@ -185,15 +198,17 @@ class Platform:
                 number += 1
             await self._news.wait()
 
-    async def _take_post(self, wire: Wire, line: dict[str, Any]) -> bool:
+    async def _take_post(self, wire: Wire, line: dict[str, Any]) -> None:
         self.posts += 1
-        self._show(line["post"], line["room"], line["text"])
-        if self.break_before_answer:
-            self.break_before_answer = False
-            print("the line breaks before the answer")
-            return False
-        await wire.write({"posted": line["post"]})
-        return True
+        answer, self.next_answer = self.next_answer, "posted"
+        if answer in ("posted", "none"):
+            self._show(line["post"], line["room"], line["text"])
+        if answer == "none":
+            self.hang_up()
+            return
+        if answer == "wait":
+            print("too fast: come back later")
+        await wire.write({answer: line["post"], "seconds": self.seconds})
 
     def _show(self, key: str, room: str, text: str) -> None:
         if key in self.shown:
@@ -219,14 +234,18 @@ async def main() -> None:
             async with open_gateway(agent, store=store, channels=[LineChannel(port)]) as gateway:
                 platform.say("ada", "hello")
                 await platform.wait_shown(1)
-                platform.break_before_answer = True
+                platform.next_answer = "none"
                 platform.say("bob", "do you hear me?")
                 await platform.wait_shown(2)
+                await gateway.wait_idle()
+                platform.next_answer = "wait"
+                platform.say("bob", "good")
+                await platform.wait_shown(3)
                 await gateway.wait_idle()
             print("the gateway is gone")
             platform.say("ada", "still there?")
             async with open_gateway(agent, store=store, channels=[LineChannel(port)]) as gateway:
-                await platform.wait_shown(3)
+                await platform.wait_shown(4)
                 await gateway.wait_idle()
         print(f"{platform.posts} posts arrived, {len(platform.shown)} were shown")
         nursery.cancel_scope.cancel()

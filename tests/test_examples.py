@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+
+from trio_gateway import Channel
+from trio_gateway.testing import CHANNEL_CHECKS, ChannelBench
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PATIENCE = 40.0
@@ -225,13 +230,62 @@ def test_custom_channel_loses_nothing_and_shows_nothing_twice(tmp_path: Path) ->
 
     for line in (
         "ada reads 'HELLO'",
-        "the line breaks before the answer",
+        "the line breaks",
         "a post comes again under its old key: shown already",
-        "somebody watches from message 3 on",
+        "too fast: come back later",
+        "bob reads 'GOOD'",
+        "somebody watches from message 4 on",
         "ada reads 'STILL THERE?'",
     ):
         assert line in lines
-    assert lines[-1] == "4 posts arrived, 3 were shown"
+    assert lines[-1] == "6 posts arrived, 4 were shown"
+
+
+LINES = runpy.run_path(str(EXAMPLES / "custom_channel.py"))
+
+
+@asynccontextmanager
+async def line_bench() -> AsyncGenerator[ChannelBench, None]:
+    """The example's channel, with the example's platform at its other end."""
+    async with trio.open_nursery() as nursery:
+        platform = LINES["Platform"]()
+        port = await platform.start(nursery)
+        yield bench_of(platform, LINES["LineChannel"](port))
+        nursery.cancel_scope.cancel()
+
+
+def bench_of(platform: Any, channel: Channel) -> ChannelBench:
+    """What the platform can do, in the words of the suite."""
+
+    async def say(session: str, id: str, text: str) -> None:
+        platform.say(session, text)
+
+    async def wait_heard(count: int) -> list[str]:
+        await platform.wait_shown(count)
+        return list(platform.shown.values())
+
+    async def cut() -> None:
+        platform.hang_up()
+
+    async def be_busy(seconds: float) -> None:
+        platform.next_answer, platform.seconds = "wait", seconds
+
+    async def be_gone() -> None:
+        platform.next_answer = "gone"
+
+    return ChannelBench(
+        channel=channel,
+        say=say,
+        wait_heard=wait_heard,
+        cut=cut,
+        be_busy=be_busy,
+        be_gone=be_gone,
+    )
+
+
+@pytest.mark.parametrize("check", CHANNEL_CHECKS, ids=lambda check: check.__name__)
+async def test_custom_channel_keeps_the_contract(check: Any) -> None:
+    await check(line_bench)
 
 
 def test_crash_test_finds_the_careless_agent_out(tmp_path: Path) -> None:

@@ -212,6 +212,25 @@ def test_the_program_runs(house: Path) -> None:
     assert "DrainReport" in done.stdout
 
 
+def test_the_page_on_testing_tests(tmp_path: Path) -> None:
+    agent, crash, _ = blocks("python", (ROOT / "docs/testing.md").read_text())
+    (tmp_path / "test_agent.py").write_text(agent)
+    (tmp_path / "test_crash.py").write_text(crash)
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\n")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        env={k: v for k, v in environment().items() if not k.startswith("PYTEST_")},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+    assert "2 passed" in done.stdout, done.stdout
+
+
 # ----- links, and the pages behind them
 
 
