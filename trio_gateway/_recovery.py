@@ -22,9 +22,9 @@ from ._events import StoreTrouble
 from ._markers import TurnState
 from ._messages import Delivery, Message, SessionKey
 from ._policy import (
-    SORRY,
     SORRY_EXPIRED,
     SORRY_QUARANTINED,
+    SORRY_UNREADABLE,
     Judgement,
     ResumeRules,
     Verdict,
@@ -197,7 +197,7 @@ async def _still_allowed(
                     SORRY_QUARANTINED,
                 )
     except BadRow as bad:
-        return TurnState.FAILED, str(bad), SORRY
+        return TurnState.FAILED, str(bad), SORRY_UNREADABLE
     except Exception as error:
         return TurnState.QUARANTINED, f"authorisation failed: {error!r}", SORRY_QUARANTINED
     return None

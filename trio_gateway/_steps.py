@@ -22,6 +22,7 @@ from typing import Any, Final, TypeVar, cast
 
 import attrs
 import cattrs
+import orjson
 import trio
 from cattrs.preconf.orjson import make_converter
 
@@ -90,7 +91,14 @@ def dump(what: str, value: object) -> str:
 def load(what: str, text: str, kind: Any) -> Any:
     """A value from JSON, as `kind`. Raises `StepNotStorable`, naming `what`."""
     try:
-        return _converter.loads(text, kind)
+        value = orjson.loads(text)
+    except ValueError as error:
+        raise StepNotStorable(
+            f"{what} is damaged in the store and cannot be read back ({error}): catch this error to"
+            " go on without it"
+        ) from error
+    try:
+        return _converter.structure(value, kind)
     except (TypeError, ValueError, KeyError, AttributeError, cattrs.BaseValidationError,
             cattrs.StructureHandlerNotFoundError) as error:  # fmt: skip
         raise StepNotStorable(

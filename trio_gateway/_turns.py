@@ -57,6 +57,7 @@ from ._outbox import Outbox
 from ._policy import (
     SORRY,
     SORRY_TIME,
+    SORRY_UNREADABLE,
     Busy,
     in_doubt_text,
     retry_delay,
@@ -290,10 +291,12 @@ class Turns:
         try:
             turn = await self._until_written("resume", self._desk.store.resume, pending)
             if turn is not None:
+                note_unreadable(self._desk, session, turn.unreadable, waited=False)
                 self.start(session, turn)
                 return
         except BadRow as bad:
-            end = pending_end(pending, TurnState.FAILED, str(bad), self.apology(pending, SORRY))
+            sorry = self.apology(pending, SORRY_UNREADABLE)
+            end = pending_end(pending, TurnState.FAILED, str(bad), sorry)
             await self._write_pending_ends([(pending, end)])
         finally:
             self.opened()
@@ -600,10 +603,14 @@ class Turns:
             events.emit(ReplyCommitted(**_who(end), key=reply.key, text=reply.text, final=True))
 
 
-def note_unreadable(desk: Desk, session: Session, unreadable: Iterable[Unreadable]) -> None:
-    """Messages that could not be read back have ended, in the store: here, too."""
+def note_unreadable(
+    desk: Desk, session: Session, unreadable: Iterable[Unreadable], *, waited: bool = True
+) -> None:
+    """Messages that could not be read back have ended, in the store: here, too. They `waited`, or
+    a turn had taken them."""
     for bad in unreadable:
-        desk.sessions.queue(session, -1)
+        if waited:
+            desk.sessions.queue(session, -1)
         desk.sessions.opened(session, -1)
         desk.outbox.put(bad.deliveries)
         desk.events.emit(
@@ -836,7 +843,9 @@ class Turn:
     def checkpointed(self) -> Any:
         """What the last `checkpoint` of this turn kept, in this attempt or an earlier one, as JSON
         values; None if there was none."""
-        return None if self._checkpoint is None else _steps.load("it", self._checkpoint, Any)
+        if self._checkpoint is None:
+            return None
+        return _steps.load("the checkpoint", self._checkpoint, Any)
 
     async def history(self, limit: int = 50) -> tuple[HistoryItem, ...]:
         """The last `limit` lines of this conversation before this turn, oldest first."""

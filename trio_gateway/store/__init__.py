@@ -101,7 +101,8 @@ class Store(Protocol):
         ...
 
     async def resume(self, pending: PendingTurn) -> OpenTurn | None:
-        """Begin the next attempt of an interrupted turn; None if it has ended meanwhile."""
+        """Begin the next attempt of an interrupted turn; None if it has ended meanwhile. Messages
+        that cannot be read back end; raises `BadRow` if that is all of them."""
         ...
 
     def settle(self, end: Settlement) -> Awaitable[Settled]:
@@ -197,7 +198,7 @@ class Store(Protocol):
         ...
 
     async def messages_of(self, pending: PendingTurn) -> tuple[Message, ...]:
-        """The messages of an interrupted turn. Raises `BadRow`."""
+        """The messages of an interrupted turn that can be read. Raises `BadRow` if none can."""
         ...
 
     async def open_turns(self) -> tuple[OpenTurnRow, ...]:

@@ -46,7 +46,11 @@ def dump_body(message: Message) -> str:
     return orjson.dumps(_unstructure_body(Body(message.text, message.sender))).decode()
 
 
-def load_message(key: SessionKey, message_id: str, body: str | None) -> Message:
+# Texts that people or agents wrote come as bytes: what the database calls text need not be one, if
+# a bit fell over, and it is ours to say whose trouble that is.
+
+
+def load_message(key: SessionKey, message_id: str, body: bytes | None) -> Message:
     """A message from its row. Raises `BadRow`."""
     if body is None:
         raise BadRow("its text was forgotten")
@@ -64,7 +68,17 @@ def dump_ids(ids: tuple[str, ...]) -> str:
     return orjson.dumps(ids).decode()
 
 
-def load_ids(text: str) -> tuple[str, ...]:
+def load_text(text: bytes | None) -> str:
+    """A text from its row, as far as it can be read; empty once forgotten."""
+    return "" if text is None else text.decode(errors="replace")
+
+
+def load_json(text: bytes | None) -> str | None:
+    """JSON from its row, as it is: what is wrong with it is found by whoever reads it."""
+    return None if text is None else text.decode(errors="surrogateescape")
+
+
+def load_ids(text: bytes) -> tuple[str, ...]:
     """Message ids from JSON; unreadable ones are no reason to lose a reply."""
     try:
         return _converter.loads(text, tuple[str, ...])
@@ -78,7 +92,7 @@ def load_delivery(row: tuple[Any, ...]) -> Delivery:
         id=row[0],
         session=SessionKey(row[1], row[2]),
         key=row[3],
-        text=row[4] or "",
+        text=load_text(row[4]),
         in_reply_to=load_ids(row[5]),
         attempt=row[6],
         final=bool(row[7]),

@@ -26,7 +26,7 @@ from .._messages import (
     SessionKey,
 )
 from .._policy import Command
-from ._codec import BadRow, dump_body, dump_ids, load_delivery, load_message
+from ._codec import BadRow, dump_body, dump_ids, load_delivery, load_json, load_message, load_text
 from ._database import Database
 from ._records import (
     Admitted,
@@ -397,7 +397,8 @@ class Ledger:
                 (message_id,),
                 arrived=request.session.channel == LOCAL,
             ),
-            f"{self._store_id}-m-{seq}",
+            # With the time: whoever asks for it to be tried again is told again.
+            f"{self._store_id}-m-{seq}-{now}",
             attempt=1,
             turn=None,
         )
@@ -406,9 +407,9 @@ class Ledger:
     def resume(self, pending: PendingTurn) -> OpenTurn | None:
         """Begin the next attempt of an interrupted turn. None: it has ended meanwhile.
 
-        Raises `BadRow` when its messages cannot be read.
+        Messages that cannot be read end. Raises `BadRow` if that is all of them.
         """
-        messages = self.messages_of(pending)
+        messages, bad = self._read(pending)
         key = (pending.id, pending.marker.attempt)
         self._be_seen()
         self._run(query("keep_attempt"), key)
@@ -424,24 +425,49 @@ class Ledger:
             session_id=pending.session_id,
             attempt=pending.marker.attempt + 1,
             messages=messages,
+            unreadable=self._give_up_all(pending, bad),
             resumed=Resumed(ResumeReason(reason), as_datetime(at), pending.marker.attempt),
-            checkpoint=checkpoint,
+            checkpoint=load_json(checkpoint),
             steps=self._steps(pending.id),
             restart_asked=bool(restart_asked),
             alone=pending.marker.crashes >= _policy.SUSPECT_AT,
         )
 
     def messages_of(self, pending: PendingTurn) -> tuple[Message, ...]:
-        """The messages of an interrupted turn. Raises `BadRow`."""
-        rows = list(self._run(query("messages_of"), (pending.id,)))
-        return tuple(load_message(pending.session, row[0], row[1]) for row in rows)
+        """The messages of an interrupted turn that can be read. Raises `BadRow` if none can."""
+        return self._read(pending)[0]
+
+    def _read(
+        self, pending: PendingTurn
+    ) -> tuple[tuple[Message, ...], list[tuple[int, str, BadRow]]]:
+        """The messages that can be read, and number, id and fault of those that cannot."""
+        good: list[Message] = []
+        bad: list[tuple[int, str, BadRow]] = []
+        for message_id, body, seq in list(self._run(query("messages_of"), (pending.id,))):
+            try:
+                good.append(load_message(pending.session, message_id, body))
+            except BadRow as fault:
+                bad.append((seq, message_id, fault))
+        if bad and not good:
+            raise bad[0][2]
+        return tuple(good), bad
+
+    def _give_up_all(
+        self, pending: PendingTurn, bad: list[tuple[int, str, BadRow]]
+    ) -> tuple[Unreadable, ...]:
+        request = Begin(pending.session, pending.session_id, False)
+        now = self._now.wall
+        return tuple(
+            self._give_up(request, seq, message_id, str(fault), now)
+            for seq, message_id, fault in bad
+        )
 
     def _message_ids(self, turn: int) -> tuple[str, ...]:
         return tuple(row[0] for row in list(self._run(query("message_ids_of"), (turn,))))
 
     def _steps(self, turn: int) -> dict[str, Step]:
         return {
-            name: Step(name, state == "done", result)
+            name: Step(name, state == "done", load_json(result))
             for name, state, result in list(self._run(query("steps_of"), (turn,)))
         }
 
@@ -580,7 +606,7 @@ class Ledger:
         rows = self._run(query("reply_parts"), (turn, reply.n, reply.kind))
         by_attempt: dict[int, list[str]] = {}
         for attempt, text in list(rows):
-            by_attempt.setdefault(attempt, []).append(text)
+            by_attempt.setdefault(attempt, []).append(load_text(text))
         return tuple(tuple(parts) for parts in by_attempt.values())
 
     def notify(

@@ -13,7 +13,7 @@ import attrs
 from .._clock import as_datetime
 from .._errors import NotFound
 from .._messages import HistoryItem, Reply, ReplyKind, SessionKey
-from ._codec import BadRow, dump_ids, load_ids, load_message, when
+from ._codec import BadRow, dump_ids, load_ids, load_message, load_text, when
 from ._database import Database, translate
 from ._sql import query
 
@@ -168,7 +168,7 @@ class StoreReader:
             last_of_turn = index + 1 == len(rows) or rows[index + 1][4] != turn
             if last_of_turn:
                 lines += [
-                    HistoryItem(role="agent", text=said, at=as_datetime(at))
+                    HistoryItem(role="agent", text=load_text(said), at=as_datetime(at))
                     for _, said, at in self._all("said_in", turn)
                 ]
         return tuple(lines)
@@ -354,7 +354,7 @@ class StoreReader:
                 delivery=delivery,
                 session=SessionKey(channel, name),
                 key=key,
-                text=text,
+                text=None if text is None else load_text(text),
                 tries=tries,
                 error=error,
                 created_at=as_datetime(created_at),
@@ -376,14 +376,14 @@ def _replies(session: SessionKey, rows: Sequence[tuple[Any, ...]]) -> tuple[Repl
     replies: list[Reply] = []
     for _, kind, attempt, part, parts, key, text, final, about in rows:
         if part > 1 and replies:
-            joined = replies[-1].text + (text or "")
+            joined = replies[-1].text + load_text(text)
             replies[-1] = attrs.evolve(replies[-1], text=joined, final=bool(final))
             continue
         replies.append(
             Reply(
                 session=session,
                 key=key if parts == 1 else key.rpartition(".")[0],
-                text=text or "",
+                text=load_text(text),
                 in_reply_to=load_ids(about),
                 attempt=attempt,
                 final=bool(final),
@@ -397,7 +397,7 @@ def _message_row(
     session: SessionKey,
     message_id: str,
     state: str,
-    body: str | None,
+    body: bytes | None,
     accepted_at: int,
     ended_at: int | None,
     error: str | None,

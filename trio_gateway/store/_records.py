@@ -38,6 +38,8 @@ class OpenTurn:
     steps: dict[str, Step] | None = None
     restart_asked: bool = False
     alone: bool = False
+    unreadable: tuple[Unreadable, ...] = ()
+    """Messages of an earlier attempt that cannot be read back: they ended, the turn goes on."""
 
 
 @attrs.define

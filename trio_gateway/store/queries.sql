@@ -46,7 +46,7 @@ VALUES (?1, ?2, ?3, 'RUNNING', ?4, ?5, ?5, ?6);
 
 -- name: waiting_messages
 -- What a session has waiting, in the order of acceptance.
-SELECT seq, id, body, turn, conversation FROM message
+SELECT seq, id, CAST(body AS BLOB), turn, conversation FROM message
 WHERE session = ? AND state = 'queued' ORDER BY seq LIMIT ?;
 
 -- name: take_message
@@ -54,8 +54,8 @@ WHERE session = ? AND state = 'queued' ORDER BY seq LIMIT ?;
 UPDATE message SET state = 'running', turn = ?, ended_at = NULL, error = NULL WHERE seq = ?;
 
 -- name: end_message
--- One message ends by itself, without a turn that settles it.
-UPDATE message SET state = ?, ended_at = ?, error = ? WHERE seq = ?;
+-- One message ends by itself, without a turn that settles it; it belongs to none any more.
+UPDATE message SET state = ?, ended_at = ?, error = ?, turn = NULL WHERE seq = ?;
 
 -- name: end_turn
 -- Settle the marker: only while the turn is open, in this attempt, in this epoch (promise 6).
@@ -140,7 +140,8 @@ ORDER BY turn.id;
 
 -- name: messages_of
 -- The messages that a turn is to answer.
-SELECT id, body, seq FROM message WHERE turn = ? AND state = 'running' ORDER BY seq;
+SELECT id, CAST(body AS BLOB), seq FROM message
+WHERE turn = ? AND state = 'running' ORDER BY seq;
 
 -- name: message_ids_of
 -- Their ids alone.
@@ -159,7 +160,7 @@ WHERE id = ? AND attempt = ? AND state = 'RESUME_PENDING';
 
 -- name: resumed_turn
 -- What the agent of a resumed turn needs beyond its messages.
-SELECT turn.checkpoint, turn.restart_asked, attempt.reason, attempt.interrupted_at
+SELECT CAST(turn.checkpoint AS BLOB), turn.restart_asked, attempt.reason, attempt.interrupted_at
 FROM turn JOIN attempt ON attempt.turn = turn.id AND attempt.attempt = turn.attempt - 1
 WHERE turn.id = ?;
 
@@ -202,7 +203,7 @@ ON CONFLICT (turn, name) DO UPDATE SET state = 'done', result = excluded.result,
 
 -- name: steps_of
 -- Everything that a turn remembers.
-SELECT name, state, result FROM step WHERE turn = ?;
+SELECT name, state, CAST(result AS BLOB) FROM step WHERE turn = ?;
 
 -- name: copy_steps
 -- A turn that is retried goes on from what the first one remembered (promise 8).
@@ -218,13 +219,15 @@ ON CONFLICT (key) DO NOTHING;
 
 -- name: reply_parts
 -- What was said before at this place of a turn, attempt by attempt.
-SELECT attempt, text FROM delivery WHERE turn = ? AND n = ? AND kind = ? ORDER BY attempt, part;
+SELECT attempt, CAST(text AS BLOB) FROM delivery
+WHERE turn = ? AND n = ? AND kind = ? ORDER BY attempt, part;
 
 -- name: deliveries_of
 -- What a turn said with its end.
-SELECT delivery.id, session.channel, session.name, delivery.key, delivery.text, delivery.about,
-       delivery.attempt, delivery.final, delivery.repeat, delivery.kind, delivery.part,
-       delivery.parts, delivery.turn, delivery.tries, delivery.not_before
+SELECT delivery.id, session.channel, session.name, delivery.key, CAST(delivery.text AS BLOB),
+       CAST(delivery.about AS BLOB), delivery.attempt, delivery.final, delivery.repeat,
+       delivery.kind, delivery.part, delivery.parts, delivery.turn, delivery.tries,
+       delivery.not_before
 FROM delivery JOIN session ON session.id = delivery.session
 WHERE delivery.turn = ? AND delivery.kind IN ('answer', 'apology')
   AND delivery.state IN ('pending', 'sending')
@@ -232,9 +235,10 @@ ORDER BY delivery.id;
 
 -- name: open_deliveries
 -- Every reply that was committed and has not arrived, in order. Costs what is open.
-SELECT delivery.id, session.channel, session.name, delivery.key, delivery.text, delivery.about,
-       delivery.attempt, delivery.final, delivery.repeat, delivery.kind, delivery.part,
-       delivery.parts, delivery.turn, delivery.tries, delivery.not_before
+SELECT delivery.id, session.channel, session.name, delivery.key, CAST(delivery.text AS BLOB),
+       CAST(delivery.about AS BLOB), delivery.attempt, delivery.final, delivery.repeat,
+       delivery.kind, delivery.part, delivery.parts, delivery.turn, delivery.tries,
+       delivery.not_before
 FROM delivery JOIN session ON session.id = delivery.session
 WHERE delivery.state IN ('pending', 'sending') ORDER BY delivery.id;
 
@@ -353,7 +357,7 @@ UPDATE delivery SET state = 'dropped' WHERE id = ? AND state = 'dead' RETURNING 
 
 -- name: history
 -- The past of a conversation before a point, newest first: messages that some turn took.
-SELECT message.seq, message.id, message.body, message.accepted_at, message.turn
+SELECT message.seq, message.id, CAST(message.body AS BLOB), message.accepted_at, message.turn
 FROM message
 WHERE message.session = ? AND message.seq < ? AND message.conversation = ?
   AND message.turn IS NOT NULL AND message.body IS NOT NULL AND message.state != 'queued'
@@ -361,7 +365,7 @@ ORDER BY message.seq DESC LIMIT ?;
 
 -- name: said_in
 -- What a turn said, in order.
-SELECT n, group_concat(text, ''), max(created_at) FROM
+SELECT n, CAST(group_concat(text, '') AS BLOB), max(created_at) FROM
   (SELECT id, n, kind, attempt, text, created_at FROM delivery WHERE turn = ? AND text IS NOT NULL
    AND kind IN ('say', 'answer', 'apology') ORDER BY id)
 GROUP BY n, kind, attempt ORDER BY min(id);
@@ -391,13 +395,13 @@ SELECT channel, name FROM session WHERE name = ?;
 
 -- name: session_messages
 -- A session's messages, newest first.
-SELECT id, state, body, accepted_at, ended_at, error, turn FROM message
+SELECT id, state, CAST(body AS BLOB), accepted_at, ended_at, error, turn FROM message
 WHERE session = ? ORDER BY seq DESC LIMIT ?;
 
 -- name: find_message
 -- A message by its id, in whichever channels.
-SELECT message.seq, message.channel, session.name, message.id, message.state, message.body,
-       message.accepted_at, message.ended_at, message.error, message.turn
+SELECT message.seq, message.channel, session.name, message.id, message.state,
+       CAST(message.body AS BLOB), message.accepted_at, message.ended_at, message.error, message.turn
 FROM message JOIN session ON session.id = message.session WHERE message.id = ?
 ORDER BY message.seq;
 
@@ -417,13 +421,13 @@ SELECT name, state, effect, attempt, began_at, done_at FROM step WHERE turn = ? 
 
 -- name: delivery_rows_of_turn
 -- What a turn said, and how that travelled.
-SELECT id, key, kind, part, parts, text, state, tries, error, repeat, created_at, delivered_at,
+SELECT id, key, kind, part, parts, NULL, state, tries, error, repeat, created_at, delivered_at,
        attempt
 FROM delivery WHERE turn = ? ORDER BY id;
 
 -- name: delivery_rows_about
 -- What was said to a message that no turn took (a command, an unreadable row).
-SELECT id, key, kind, part, parts, text, state, tries, error, repeat, created_at, delivered_at,
+SELECT id, key, kind, part, parts, NULL, state, tries, error, repeat, created_at, delivered_at,
        attempt
 FROM delivery INDEXED BY delivery_loose WHERE turn IS NULL AND session = (SELECT session FROM message WHERE seq = ?1)
   AND created_at >= (SELECT accepted_at FROM message WHERE seq = ?1)
@@ -440,12 +444,12 @@ ORDER BY turn.id;
 
 -- name: bodies_of
 -- The messages of a turn, whatever became of them.
-SELECT id, body, state FROM message WHERE turn = ? ORDER BY seq;
+SELECT id, CAST(body AS BLOB), state FROM message WHERE turn = ? ORDER BY seq;
 
 -- name: list_dead
 -- Deliveries that were given up.
-SELECT delivery.id, session.channel, session.name, delivery.key, delivery.text, delivery.tries,
-       delivery.error, delivery.created_at, delivery.turn
+SELECT delivery.id, session.channel, session.name, delivery.key, CAST(delivery.text AS BLOB),
+       delivery.tries, delivery.error, delivery.created_at, delivery.turn
 FROM delivery JOIN session ON session.id = delivery.session
 WHERE delivery.state = 'dead' ORDER BY delivery.id;
 
@@ -471,7 +475,8 @@ WHERE turn.settled_at IS NULL ORDER BY turn.id;
 
 -- name: replies_to_turn
 -- What a settled turn said, for whoever asks again.
-SELECT n, kind, attempt, part, parts, key, text, final, about FROM delivery
+SELECT n, kind, attempt, part, parts, key, CAST(text AS BLOB), final, CAST(about AS BLOB)
+FROM delivery
 WHERE turn = ? AND kind IN ('say', 'answer', 'apology') ORDER BY id;
 
 -- name: message_fate
@@ -480,7 +485,7 @@ SELECT state, turn, seq FROM message WHERE channel = ? AND id = ?;
 
 -- name: replies_about
 -- What was said to a message that no turn took.
-SELECT n, kind, attempt, part, parts, key, text, final, about
+SELECT n, kind, attempt, part, parts, key, CAST(text AS BLOB), final, CAST(about AS BLOB)
 FROM delivery INDEXED BY delivery_loose
 WHERE turn IS NULL AND session = (SELECT session FROM message WHERE seq = ?1)
   AND created_at >= (SELECT accepted_at FROM message WHERE seq = ?1)
