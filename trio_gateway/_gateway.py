@@ -146,8 +146,10 @@ class Gateway:
         channel's cursor that covers them. Returns after the commit.
 
         Also while the gateway drains: such messages are answered after the next boot. Raises
-        `StoreError` if nothing could be written; nothing was accepted then. A cancellation counts
-        only until the commit has begun.
+        `StoreError` if nothing could be written, and `InvalidInput` for a cursor that is no text;
+        nothing was accepted then. A cancellation counts only until the commit has begun.
+
+        A gateway that is closing refuses messages, and leaves the cursor where it was.
         """
         if isinstance(messages, Message):
             return (await self._inbox.accept((messages,), cursor))[0]

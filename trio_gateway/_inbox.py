@@ -273,10 +273,11 @@ class Inbox:
 async def _denial(authorize: Authorize, message: Message) -> Refusal | None:
     """What the hook says. Its failure means no, and is for the log, not for the sender."""
     try:
-        allowed = await authorize(message)
+        if await authorize(message):
+            return None
     except Exception as error:
         return Refusal("not allowed", for_log=f"not allowed: authorize failed with {error!r}")
-    return None if allowed else Refusal("not allowed")
+    return Refusal("not allowed")
 
 
 def _check_cursor(cursor: Cursor | None) -> None:
