@@ -616,6 +616,35 @@ async def test_c25_a_notice_never_outlives_its_epoch(
     ]
 
 
+async def test_c25_a_notice_that_a_kill_cut_is_no_news_any_more(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """Committed, being sent, and the process dies: the next life says nothing of it."""
+    agent = Script()
+    channel = MemoryChannel(notices=True)
+
+    async def hang(delivery: Delivery) -> None:
+        await trio.sleep(60)
+
+    channel.before_send = hang
+    async with machine.boot(agent, channel, settings=QUICK) as gateway:
+        await channel.receive("a", "m1", "hi")
+        await agent.wait_begun(1)
+        gateway.request_stop()
+        await trio.sleep(0.5)
+        machine.crash()
+        gateway.request_stop(now=True)
+    notices = "SELECT DISTINCT state FROM delivery WHERE kind = 'notice'"
+    assert machine.rows(notices) == [("pending",)]
+    channel.before_send = None
+    agent.release()
+    async with machine.boot(agent, channel, settings=Settings(notices=False)) as gateway:
+        await gateway.wait_idle()
+        settled_well(gateway)
+    assert channel.texts() == ["re: hi"]
+    assert machine.rows(notices) == [("dropped",)]
+
+
 # ----- p05: no guess
 
 
