@@ -271,8 +271,8 @@ def _reply(n: int, kind: ReplyKind, *parts: str) -> NewReply:
 async def test_c41_retry_after_delays_that_destination_alone(
     machine: Machine, autojump_clock: MockClock
 ) -> None:
-    """ "Retry after 30 s", five times over: none is a failed try, of which one is allowed. The others
-    are served at once; the one that waits loses nothing, and nothing of its order."""
+    """Asked to wait 30 s, five times: none is a failed try, of which one is allowed. The others are
+    served at once; the one that waits loses nothing, and nothing of its order."""
     channel = Platform()
     asked: list[float] = []
     when: dict[str, float] = {}
@@ -592,6 +592,7 @@ async def test_c44_a_dead_letter_is_retried_by_a_person(
         assert machine.log.of(GatewayStarted)[-1].undelivered == 1
         await gateway.wait_idle()
     assert [(d.key, d.text) for d in channel.sent] == [(first.key, first.text)]
+    assert channel.sent[0].repeat or idempotent
     assert state_of(machine, "m1") == ("delivered", 1, None)
     async with machine.boot(echo(), channel) as gateway:
         await gateway.wait_idle()
@@ -933,6 +934,30 @@ async def test_c45_the_last_replies_of_a_drain_leave(
     assert channel.texts() == ["one", "two"]
     assert gateway.report is not None
     assert not gateway.report.timed_out
+
+
+async def test_c45_a_reply_whose_sending_has_not_begun_counts_too(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """The last turn settles and its reply is just committed: the drain is not over, in whatever
+    order Trio comes to the one and the other."""
+    channel = Platform()
+
+    async def slow(delivery: Delivery) -> None:
+        await trio.sleep(5)
+
+    async def agent(turn: Turn) -> str:
+        await turn.draining.wait_value(True)
+        return turn.text
+
+    channel.before_send = slow
+    for n in range(10):
+        async with machine.boot(agent, channel, settings=Settings(grace=20.0)) as gateway:
+            await channel.wait_ready()
+            await gateway.accept(to("a", f"m{n}"))
+            began = trio.current_time()
+        assert trio.current_time() - began == pytest.approx(5.0, abs=0.01)
+    assert channel.texts() == [f"m{n}" for n in range(10)]
 
 
 async def test_c45_who_waits_for_a_sender_counts_too(
