@@ -602,16 +602,39 @@ PAGE = 4096
 
 
 async def is_refused(path: Path, whole: bytes, page: int) -> bool:
-    """Whether a gateway refuses the file with garbage in one page; if so, it stays as it is."""
+    """Whether a gateway refuses the file with garbage in one page. If so, it says which file, and
+    leaves it as it is."""
     damaged = whole[: page * PAGE] + b"\xa5" * PAGE + whole[(page + 1) * PAGE :]
     write(path, damaged)
+    refusals: list[StoreCorrupt] = []
     try:
         with trio.fail_after(PATIENCE):
             async with open_gateway(lambda turn: "hm", store=path):
                 await trio.lowlevel.checkpoint()
     except StoreCorrupt as error:
-        return str(path) in str(error) and contents(path) == damaged
-    return False
+        refusals.append(error)
+    for refusal in refusals:
+        assert str(path) in str(refusal)
+        assert contents(path) == damaged
+    return bool(refusals)
+
+
+def test_c53_a_damaged_file_with_a_wal_beside_it_is_refused_and_both_are_untouched(
+    tmp_path: Path,
+) -> None:
+    """What would be written back into a damaged file is evidence, and may be all that is left."""
+    world = World(tmp_path)
+    trio.run(make, world.store)
+    assert live(fill_and_die, world)
+    wal = world.store.with_name("gateway.db-wal")
+    whole, frames = contents(world.store), contents(wal)
+    refused = 0
+    for page in range(len(whole) // PAGE):
+        write(wal, frames)
+        if trio.run(is_refused, world.store, whole, page):
+            assert contents(wal) == frames
+            refused += 1
+    assert refused >= 3
 
 
 def test_c53_a_torn_wal_costs_what_was_torn_and_nothing_before_it(tmp_path: Path) -> None:
