@@ -1,8 +1,7 @@
 """What happened, as typed values. Logs, metrics, pages and tests all read this one stream.
 
-An event is said after the fact that it tells is on disk. No event carries a secret; the text of a
-message is only in `MessageAccepted` and `ReplyCommitted`, for whoever subscribes, and reaches a
-log at debug level only.
+An event is said after the fact that it tells is on disk. No event carries a secret; what people and
+agents say is only in events of debug level, for whoever subscribes.
 """
 
 from __future__ import annotations
@@ -163,7 +162,8 @@ class ProgressShown(TurnEvent):
 
 @attrs.frozen(kw_only=True)
 class DeliveryEvent(Event):
-    """Something about one delivery."""
+    """Something about one delivery. Above debug level its text is left out; `delivery.key` names
+    it."""
 
     delivery: Delivery
 

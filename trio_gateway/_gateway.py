@@ -207,7 +207,8 @@ class Gateway:
         )
 
     def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        """What happens from now on: `async with gateway.events() as events: async for ...`."""
+        """What happens from now on: `async with gateway.events() as events: async for ...`. The
+        iteration ends when the gateway has stopped."""
         return self._events.subscribe()
 
     def listen(self, listener: Callable[[Event], None]) -> AbstractContextManager[None]:
@@ -289,6 +290,7 @@ class Gateway:
             self.state.value = GatewayState.STOPPED
             self._stopped.set()
             self._waiters.abandon()
+            self._events.close()
         if self.failure is not None:
             raise self.failure
 

@@ -325,7 +325,9 @@ class Outbox:
         await self._until_written(
             self._store.delayed, delivery.id, delivery.tries, not_before, error, delivery.repeat
         )
-        self._events.emit(DeliveryDelayed(delivery=delivery, error=error, retry_in=delay))
+        self._events.emit(
+            DeliveryDelayed(delivery=_without_text(delivery), error=error, retry_in=delay)
+        )
         self._wait_beside(wire, lane, delay)
 
     def _wait_until_due(self, wire: _Wire, lane: _Lane, delivery: Delivery) -> None:
@@ -348,7 +350,7 @@ class Outbox:
             await self._until_written(self._store.drop, delivery.id, error)
         else:
             await self._until_written(self._store.dead, delivery.id, delivery.tries + 1, error)
-            self._events.emit(DeadLettered(delivery=delivery, error=error))
+            self._events.emit(DeadLettered(delivery=_without_text(delivery), error=error))
         self._next(wire, lane)
         self._over(1)
 
@@ -367,3 +369,7 @@ class Outbox:
                 await trio.sleep(retry_delay(tries, random.random(), cap=30.0))
             else:
                 return
+
+
+def _without_text(delivery: Delivery) -> Delivery:
+    return attrs.evolve(delivery, text="")

@@ -23,6 +23,8 @@ class EventStream:
 
     def __init__(self, on_fault: Callable[[Exception], None]) -> None:
         self._listeners: list[Callable[[Event], None]] = []
+        self._subscriptions: set[_Subscription] = set()
+        self._closed = False
         self._on_fault = on_fault
 
     def emit(self, event: Event) -> None:
@@ -61,25 +63,45 @@ class EventStream:
         """Yield an iterator over the events from now on.
 
         A subscriber that is slower than the gateway loses the oldest events beyond a buffer of
-        10,000 and is told how many by `EventsDropped`; the gateway never waits for it.
+        10,000 and is told how many by `EventsDropped`; the gateway never waits for it. The
+        iteration ends when the stream is closed and everything was read.
         """
         await trio.lowlevel.checkpoint()
         inbox = _Subscription()
-        with self.listen(inbox.put):
-            yield inbox
+        if self._closed:
+            inbox.end()
+        self._subscriptions.add(inbox)
+        try:
+            with self.listen(inbox.put):
+                yield inbox
+        finally:
+            self._subscriptions.discard(inbox)
+
+    def close(self) -> None:
+        """The gateway has stopped: subscribers read what they have, and come to an end."""
+        self._closed = True
+        for inbox in self._subscriptions:
+            inbox.end()
 
 
 class _Subscription:
     def __init__(self) -> None:
         self._events: deque[Event] = deque()
         self._dropped = 0
+        self._ended = False
         self._arrived = trio.Event()
 
     def put(self, event: Event) -> None:
+        if self._ended:
+            return
         if len(self._events) >= BUFFER:
             self._events.popleft()
             self._dropped += 1
         self._events.append(event)
+        self._arrived.set()
+
+    def end(self) -> None:
+        self._ended = True
         self._arrived.set()
 
     def __aiter__(self) -> _Subscription:
@@ -87,10 +109,14 @@ class _Subscription:
 
     async def __anext__(self) -> Event:
         await self._arrived.wait()
+        while not (self._events or self._ended):
+            await self._arrived.wait()  # another reader was quicker
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
             return EventsDropped(count=dropped)
-        event = self._events.popleft()
         if not self._events:
+            raise StopAsyncIteration
+        event = self._events.popleft()
+        if not (self._events or self._ended):
             self._arrived = trio.Event()
         return event

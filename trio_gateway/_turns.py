@@ -365,7 +365,8 @@ class Turns:
 
     async def _live(self, child: Running) -> None:
         try:
-            self._say_begun(child.turn)
+            if child.why is None:  # else it was ended before it could even start
+                self._say_begun(child.turn)
             child.end = end = await self._attempt(child)
             child.handle._close()
             settled, heir = (None, None) if end is None else await self._settle(child, end)
@@ -375,7 +376,7 @@ class Turns:
             else:
                 self._note_settled(child, end, settled)
                 self._hand_over(child, settled, heir)
-        except BaseException as error:
+        except BaseException as error:  # noqa: ASYNC103 - what is no Exception is re-raised
             # Not the agent's: that is caught where it is called. Ours: stop in order. Or what owns
             # the agent has fallen over, and cancels all that runs inside it.
             self._gone(child)
@@ -394,8 +395,8 @@ class Turns:
                 return self._completed(child, text)
         except GeneratorExit:
             raise  # Trio itself is gone
-        except BaseException as error:
-            return self._fell_over(child, error)
+        except BaseException as error:  # noqa: ASYNC103 - it raises what is not the agent's
+            return self._fell_over(child, error)  # noqa: ASYNC104
         if child.why is None:
             return self._end(child, TurnState.FAILED, SORRY_TIME, "took longer than its time limit")
         return None
