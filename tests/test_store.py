@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -107,7 +107,7 @@ class Gate:
             assert self._open.wait(PATIENCE), "the gate was never opened"
 
     @contextmanager
-    def shut(self) -> Iterator[None]:
+    def shut(self) -> Generator[None]:
         """No commit passes while the block lasts."""
         self._held.clear()
         self._open.clear()
@@ -122,7 +122,7 @@ class Gate:
 
 
 @asynccontextmanager
-async def opened(path: Path, gate: Gate | None = None) -> AsyncIterator[SqliteStore]:
+async def opened(path: Path, gate: Gate | None = None) -> AsyncGenerator[SqliteStore]:
     """The store, in a new epoch."""
     async with open_store(path, tap=gate or Gate()) as store:
         await store.recover()
@@ -380,7 +380,7 @@ trio.run(main)
 
 
 @contextmanager
-def held_by_another_process(path: Path) -> Iterator[int]:
+def held_by_another_process(path: Path) -> Generator[int]:
     """Another process has the store open; its pid."""
     command = [sys.executable, "-c", HOLD, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -734,7 +734,7 @@ def days_ago(clock: ManualClock, days: int) -> int:
 
 
 @asynccontextmanager
-async def aging(path: Path, clock: Clock) -> AsyncIterator[SqliteStore]:
+async def aging(path: Path, clock: Clock) -> AsyncGenerator[SqliteStore]:
     async with open_store(path, clock=clock) as store:
         await store.recover()
         yield store

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import timedelta
 from functools import partial
@@ -101,7 +101,7 @@ class Forgetful(SqliteStore):
 
 async def test_check_store_catches_a_store_that_breaks_a_rule(tmp_path: Path) -> None:
     @asynccontextmanager
-    async def open_forgetful(name: str) -> AsyncIterator[Store]:
+    async def open_forgetful(name: str) -> AsyncGenerator[Store]:
         async with open_store(tmp_path / name, inline=True) as store:
             store.__class__ = Forgetful
             yield store
@@ -114,14 +114,11 @@ async def test_check_store_catches_a_store_that_breaks_a_rule(tmp_path: Path) ->
 
 
 @asynccontextmanager
-async def memory_bench() -> AsyncIterator[ChannelBench]:
+async def memory_bench() -> AsyncGenerator[ChannelBench]:
     channel = MemoryChannel()
 
     async def wait_heard(count: int) -> Sequence[str]:
         return [delivery.text for delivery in await channel.wait_sent(count)]
-
-    async def end_input() -> None:
-        channel.end_input()
 
     async def cut() -> None:
         channel.break_down(ConnectionError("cut"))
@@ -182,7 +179,7 @@ class Pipes:
 
 
 @asynccontextmanager
-async def jsonl_bench() -> AsyncIterator[ChannelBench]:
+async def jsonl_bench() -> AsyncGenerator[ChannelBench]:
     pipes = Pipes()
 
     async def say(session: str, id: str, text: str) -> None:
@@ -210,7 +207,7 @@ async def jsonl_bench() -> AsyncIterator[ChannelBench]:
 
 
 @asynccontextmanager
-async def console_bench() -> AsyncIterator[ChannelBench]:
+async def console_bench() -> AsyncGenerator[ChannelBench]:
     pipes = Pipes()
     notes = os.open(os.devnull, os.O_WRONLY)
 
@@ -251,7 +248,7 @@ def load_example(name: str) -> Any:
 
 
 @asynccontextmanager
-async def example_bench() -> AsyncIterator[ChannelBench]:
+async def example_bench() -> AsyncGenerator[ChannelBench]:
     example = load_example("custom_channel")
     platform = example.Platform()
 
@@ -309,7 +306,7 @@ async def test_check_channel_catches_a_channel_that_breaks_a_rule(
     channel: MemoryChannel, words: str, autojump_clock: MockClock
 ) -> None:
     @asynccontextmanager
-    async def bench() -> AsyncIterator[ChannelBench]:
+    async def bench() -> AsyncGenerator[ChannelBench]:
         async def wait_heard(count: int) -> Sequence[str]:
             return [delivery.text for delivery in await channel.wait_sent(count)]
 

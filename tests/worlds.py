@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ Act = Callable[[Life, Turn], Awaitable[str | None]]
 
 
 @asynccontextmanager
-async def boot(life: Life, act: Act, **options: Any) -> AsyncIterator[Gateway]:
+async def boot(life: Life, act: Act, **options: Any) -> AsyncGenerator[Gateway]:
     """Open a gateway with an agent that does `act`, noting what the store has open before, and
     each attempt."""
 

@@ -297,7 +297,7 @@ class Gateway:
     async def _live_in_blocks(self) -> None:
         # One block a line, though one statement could open several: the nesting is the design.
         with trio.CancelScope(shield=True):
-            async with self._open_store() as self._store:  # noqa: SIM117
+            async with self._open_store() as self._store:
                 async with self._deliveries():
                     async with self._intake():
                         async with opened(self._agent) as agent:
@@ -689,7 +689,7 @@ async def open_gateway(
         async with trio.open_nursery() as nursery:
             try:
                 # Not `nursery.start`: cancelled, it would wait for a boot that waits for a stop.
-                nursery.start_soon(made._live)
+                nursery.start_soon(made._live)  # noqa: ASYNC113 - awaited on the next line
                 await made._recovered.wait()
                 yield made
             except (trio.Cancelled, BaseExceptionGroup) as error:
@@ -701,7 +701,8 @@ async def open_gateway(
                     await made._stopped.wait()
     except BaseExceptionGroup as group:
         if len(group.exceptions) == 1:
-            raise group.exceptions[0] from group.exceptions[0].__cause__
+            # The nursery is ours, and its wrapping says nothing to the caller.
+            raise group.exceptions[0] from group.exceptions[0].__cause__  # noqa: ASYNC123
         raise
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 import attrs
@@ -11,7 +11,7 @@ import trio
 
 @attrs.define(eq=False)
 class Asked:
-    """One message, and those who ask for its answer. `reached` is set when it has reached an end."""
+    """One message, and those who ask for its answer. `reached` is set when it has its end."""
 
     reached: trio.Event = attrs.field(factory=trio.Event)
     asking: int = 0
@@ -28,7 +28,7 @@ class Waiters:
         self.abandoned: bool = False
 
     @contextmanager
-    def asking(self, channel: str, message_id: str) -> Iterator[trio.Event]:
+    def asking(self, channel: str, message_id: str) -> Generator[trio.Event, None, None]:
         """Ask for a message: an event that is set when it reaches an end in this process. Until the
         block is left, whoever asks is counted as one who reads the answer."""
         name = (channel, message_id)

@@ -42,9 +42,9 @@ class ConsoleChannel(Channel):
         self._session = session
         self._reader = LineReader(read_fd)
         self._writer = FdWriter(write_fd)
-        self.interactive = _is_terminal(read_fd, write_fd)
+        self.interactive: bool = _is_terminal(read_fd, write_fd)
         """Whether a person sits there."""
-        self.notices = self.interactive
+        self.notices: bool = self.interactive
         self._face = self._make_face(write_fd, notes_fd)
         self._answers = 0
         self._room = trio.Event()

@@ -139,7 +139,7 @@ class MemoryIntake:
 @asynccontextmanager
 async def _in_time(what: str, patience: float = PATIENCE) -> AsyncGenerator[None]:
     """The block ends within the suite's patience."""
-    with trio.move_on_after(patience) as scope:
+    with trio.move_on_after(patience) as scope:  # noqa: ASYNC100 - the block has them
         yield
     rule(not scope.cancelled_caught, f"{what} takes no longer than {patience:g} s")
 

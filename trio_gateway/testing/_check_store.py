@@ -19,6 +19,7 @@ import trio
 from .. import (
     Cursor,
     Delivery,
+    Marker,
     Message,
     ReceiptStatus,
     ReplyKind,
@@ -351,7 +352,7 @@ async def check_unresumed_keeps_its_marker(open_store: OpenStore) -> None:
     async with _boot(open_store, "unresumed") as (store, _):
         await _begin(store, "a", "m1")
         await store.mark_resume_pending(ResumeReason.SHUTDOWN)
-    markers = []
+    markers: list[Marker] = []
     for _ in range(3):
         async with _boot(open_store, "unresumed") as (_, recovered):
             markers.append(recovered.turns[0].marker)

@@ -79,7 +79,7 @@ class CrashPoint:
         commit, _, moment = text.strip().partition(" ")
         if not commit.isdecimal() or moment not in ("before", "after"):
             raise ValueError(f"{text!r} is no crash point; write it like '7 after'")
-        return cls(int(commit), cast("Moment", moment))
+        return cls(int(commit), "before" if moment == "before" else "after")
 
 
 def every_crash_point() -> Iterator[CrashPoint]:
@@ -107,8 +107,8 @@ class CrashPoints:
     def __init__(
         self, point: CrashPoint | str | None = None, *, death: Callable[[], None] = die
     ) -> None:
-        self.point = CrashPoint.parse(point) if isinstance(point, str) else point
-        self.commits = 0
+        self.point: CrashPoint | None = CrashPoint.parse(point) if isinstance(point, str) else point
+        self.commits: int = 0
         """How many commits were begun so far."""
         self._death = death
 
@@ -380,7 +380,7 @@ def _be_child(body: Callable[[], None], timeout: float, folder: Path) -> NoRetur
         signal.setitimer(signal.ITIMER_REAL, timeout)
         body()
         code = 0
-    except BaseException:
+    except BaseException:  # noqa: ASYNC103 - told, and the process ends on the next line
         (folder / FAILURE).write_text(traceback.format_exc(), "utf-8")
     finally:
         os._exit(code)

@@ -39,7 +39,7 @@ def violations(store: str | os.PathLike[str], *, settled: bool = False) -> tuple
     Reads one snapshot, and only reads: a gateway may have the store open. It looks at every row,
     and so is for tests. The rules stand in `invariants.sql`, beside this file.
     """
-    db = apsw.Connection(str(Path(store).absolute()), flags=apsw.SQLITE_OPEN_READONLY)
+    db: Any = apsw.Connection(str(Path(store).absolute()), flags=apsw.SQLITE_OPEN_READONLY)
     try:
         db.set_busy_timeout(5000)
         db.execute("BEGIN")
@@ -48,7 +48,7 @@ def violations(store: str | os.PathLike[str], *, settled: bool = False) -> tuple
         db.close()
 
 
-def _look(db: apsw.Connection, rules: tuple[tuple[str, str], ...]) -> Iterator[str]:
+def _look(db: Any, rules: tuple[tuple[str, str], ...]) -> Iterator[str]:
     for (found,) in list(db.execute("PRAGMA integrity_check")):
         if found != "ok":
             yield f"the database is intact: {found}"

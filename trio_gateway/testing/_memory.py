@@ -34,7 +34,7 @@ class MemoryChannel(Channel):
         self.sent: list[Delivery] = []
         self.shown: list[tuple[str, str]] = []
         self.before_send: Callable[[Delivery], Awaitable[None]] | None = None
-        self.serving = 0
+        self.serving: int = 0
         """How often `serve` was called."""
         self._may_connect = AsyncBool(connected)
         self._ready = AsyncBool(False)
