@@ -142,7 +142,7 @@ def test_c46_a_stubborn_agent_is_left_within_the_budget_and_resumes(
         gateway.expect("progress")
         began = time.monotonic()
         code = gateway.stop(TERM)
-        assert time.monotonic() - began < budget
+        assert time.monotonic() - began < budget + 1.0  # as seen from outside, in company
         # Served in order, but for a blocked loop, where the watchdog had to.
         assert code == (0 if how in ("swallows", "thread") else 1)
         if code == 1:
@@ -193,7 +193,7 @@ def test_c46_a_thread_that_does_not_end_does_not_keep_the_process(tmp_path: Path
     with launch(tmp_path, agent, budget=4) as gateway:
         began = time.monotonic()
         assert gateway.stop(TERM) == 0
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 5
 
 
 def test_p11_nobody_reading_stderr_does_not_keep_the_process(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_p11_nobody_reading_stderr_does_not_keep_the_process(tmp_path: Path) -> 
         gateway.expect("progress")
         began = time.monotonic()
         assert gateway.stop(TERM) == 1
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 3
     os.close(read_fd)
     os.close(write_fd)
 
@@ -332,7 +332,7 @@ def test_c47_a_boot_that_hangs_ends_within_the_budget(tmp_path: Path) -> None:
         gateway.expect_stderr("opening")
         began = time.monotonic()
         assert gateway.stop(TERM) == 1
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 3
 
 
 def test_ctrl_c_is_never_a_keyboard_interrupt_in_an_agent(tmp_path: Path) -> None:
