@@ -43,7 +43,7 @@ def connect(path: Path) -> Database:
     path.touch()
     db = open_database(path, write=True)
     for pragma in ("journal_mode = wal", "synchronous = full", "wal_autocheckpoint = 2000",
-                   "cache_size = -32000"):  # fmt: skip
+                   "cache_size = -4000"):  # fmt: skip
         db.execute(f"PRAGMA {pragma}")
     return db
 

@@ -406,7 +406,7 @@ def _configure(db: Database) -> None:
         "trusted_schema": 0,
         # The writer checkpoints, when nobody waits.
         "wal_autocheckpoint": 0,
-        "cache_size": -32_000,
+        "cache_size": -4_000,
         "temp_store": 2,
     }
     for name, value in wanted.items():
