@@ -308,6 +308,28 @@ async def test_c54_of_a_turn_of_many_the_readable_go_on(
     ]  # fmt: skip
 
 
+async def test_c54_what_waits_behind_such_a_turn_is_not_forgotten(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """What its turn had taken and what waits are counted apart."""
+    settings = attrs.evolve(QUICK, busy=Busy.COLLECT)
+    agent = Script()
+    async with machine.boot(agent, settings=settings) as gateway:
+        await gateway.accept([msg("a", f"m{n}", str(n)) for n in range(4)])
+        await agent.wait_begun(1)
+        await gateway.stop_turn(SessionKey("local", "a"))
+        await agent.wait_begun(2)
+        await gateway.accept(msg("a", "m4", "4"))
+    for n in (1, 2):
+        damage_body(machine, f"m{n}")
+    agent.release()
+    async with machine.boot(agent, settings=settings) as gateway:
+        with trio.fail_after(60):
+            await whole_again(machine, gateway)
+    assert [text for _, _, text in agent.begun] == ["0", "1\n2\n3", "3", "4"]
+    assert machine.said("a") == [SORRY_UNREADABLE, SORRY_UNREADABLE, "re: 3", "re: 4"]
+
+
 # ----- what a turn remembers
 
 

@@ -4,13 +4,16 @@ cancelled. Each time nothing may be lost, nothing doubled, and it resumes, or is
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeAlias
 
+import apsw
 import attrs
 import pytest
 import trio
+import trio.testing
 from test_crash_points import check_steps, remembering
 from trio.testing import MockClock
 from worlds import (
@@ -23,7 +26,7 @@ from worlds import (
     shown_to,
 )
 
-from trio_gateway import Busy, Gateway, SessionKey, Settings, Turn
+from trio_gateway import Busy, Gateway, Message, SessionKey, Settings, StoreIOError, Turn
 from trio_gateway._policy import SORRY_TIME
 from trio_gateway.testing import GatewayOpener, Life, VirtualClock, World
 
@@ -142,28 +145,28 @@ def is_left(case: Case) -> None:
 
 @pytest.mark.parametrize("cancel", [is_stopping, is_left])
 async def test_p05_p08_a_stop_at_every_checkpoint_resumes_the_turn(
-    tmp_path: Path, autojump_clock: MockClock, cancel: Cancel
+    memory_path: Path, autojump_clock: MockClock, cancel: Cancel
 ) -> None:
-    assert await at_every_checkpoint(tmp_path, cancel, resumed_and_answered) > 10
+    assert await at_every_checkpoint(memory_path, cancel, resumed_and_answered) > 10
 
 
 @pytest.mark.parametrize("cancel", [is_stopping, is_left])
-async def test_p05_p08_the_same_while_a_thread_writes(tmp_path: Path, cancel: Cancel) -> None:
-    count = await at_every_checkpoint(tmp_path, cancel, resumed_and_answered, threaded=True)
+async def test_p05_p08_the_same_while_a_thread_writes(memory_path: Path, cancel: Cancel) -> None:
+    count = await at_every_checkpoint(memory_path, cancel, resumed_and_answered, threaded=True)
     assert count > 10
 
 
 async def test_p05_a_stop_without_any_window_at_every_checkpoint_resumes_the_turn(
-    tmp_path: Path, autojump_clock: MockClock
+    memory_path: Path, autojump_clock: MockClock
 ) -> None:
     """The drain ends as it begins: the cancellation follows hard on the mark."""
     settings = Settings(grace=0.0, budget=10.0)
-    count = await at_every_checkpoint(tmp_path, is_stopping, resumed_and_answered, settings)
+    count = await at_every_checkpoint(memory_path, is_stopping, resumed_and_answered, settings)
     assert count > 10
 
 
 async def test_p10_a_stop_by_the_user_at_every_checkpoint_is_for_good(
-    tmp_path: Path, autojump_clock: MockClock
+    memory_path: Path, autojump_clock: MockClock
 ) -> None:
     def cancel(case: Case) -> None:
         case.start(case.running.stop_turn, SESSION)
@@ -175,11 +178,11 @@ async def test_p10_a_stop_by_the_user_at_every_checkpoint_is_for_good(
         check_steps(world)
         assert len(noted(world, "began")) == 1
 
-    assert await at_every_checkpoint(tmp_path, cancel, check) > 10
+    assert await at_every_checkpoint(memory_path, cancel, check) > 10
 
 
 async def test_a_time_limit_at_every_checkpoint_ends_the_turn_once(
-    tmp_path: Path, autojump_clock: MockClock
+    memory_path: Path, autojump_clock: MockClock
 ) -> None:
     """Time passes while the turn waits there: the deadline cancels it at that very checkpoint."""
 
@@ -195,11 +198,11 @@ async def test_a_time_limit_at_every_checkpoint_ends_the_turn_once(
         assert (shown_to(world, "ada")[-1] == SORRY_TIME) == (state == "failed")
 
     settings = Settings(time_limit=100)
-    assert await at_every_checkpoint(tmp_path, cancel, check, settings) > 10
+    assert await at_every_checkpoint(memory_path, cancel, check, settings) > 10
 
 
 async def test_p02_a_newer_message_at_every_checkpoint_is_answered_with_the_older_one(
-    tmp_path: Path, autojump_clock: MockClock
+    memory_path: Path, autojump_clock: MockClock
 ) -> None:
     def cancel(case: Case) -> None:
         message = case.world.platform().message("ada", "m2", "and this")
@@ -212,4 +215,64 @@ async def test_p02_a_newer_message_at_every_checkpoint_is_answered_with_the_olde
         exactly_the_interrupted_resumed(world)
 
     settings = Settings(busy=Busy.INTERRUPT)
-    assert await at_every_checkpoint(tmp_path, cancel, check, settings) > 10
+    assert await at_every_checkpoint(memory_path, cancel, check, settings) > 10
+
+
+# ----- who waits for quiet is woken, whoever brought it about
+
+
+class Gate:
+    """A tap that holds commits up on the store's thread, and may fail them."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self._open.set()
+        self._held = threading.Event()
+        self.failure: Exception | None = None
+
+    def __call__(self, moment: str) -> None:
+        if moment == "before":
+            self._held.set()
+            assert self._open.wait(10)
+            if self.failure is not None:
+                raise self.failure
+
+    def shut(self) -> None:
+        self._held.clear()
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    async def wait_held(self) -> None:
+        assert await trio.to_thread.run_sync(self._held.wait, 10)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["a duplicate", "a failing disk"])
+async def test_wait_idle_outlasts_an_arrival_that_comes_to_nothing(
+    memory_path: Path, fails: bool
+) -> None:
+    gate = Gate()
+    message = Message(session="ada", id="m1", text="hi")
+
+    async def send() -> None:
+        try:
+            await gateway.accept(message)
+        except StoreIOError:
+            assert fails
+
+    opener = GatewayOpener(store=memory_path / "gateway.db", tap=gate)
+    async with opener(lambda turn: "done") as gateway, trio.open_nursery() as nursery:
+        if not fails:
+            await gateway.ask(message)
+        gate.shut()
+        nursery.start_soon(send)
+        await gate.wait_held()
+        gate.failure = apsw.IOError("EIO") if fails else None
+        with trio.fail_after(10):
+            async with trio.open_nursery() as waiting:
+                waiting.start_soon(gateway.wait_idle)
+                await trio.testing.wait_all_tasks_blocked()
+                gate.open()
+        gate.failure = None
+        assert gateway.statistics()["sessions_open"] == 0

@@ -263,6 +263,8 @@ def test_a_text_that_fits_is_left_alone(text: str, limit: int | None) -> None:
         # A break near the beginning makes more parts, not better ones.
         ("a\n\nbbbbbbbbb ccccccccc", 18, ("a\n\nbbbbbbbbb ", "ccccccccc")),
         ("", 5, ("",)),
+        # A space that carries a mark is not the end of a word.
+        ("aaaa \u0301bbbb", 5, ("aaaa", " \u0301bbb", "b")),
     ],
 )
 def test_a_cut_is_after_a_paragraph_else_a_line_else_a_word(

@@ -180,10 +180,12 @@ class Inbox:
             for session, arrival in chosen:
                 self._take_back(session, arrival)
             self._turns.dispatch()
+            self._desk.on_quiet()
             raise
         for (session, arrival), result in zip(chosen, admitted, strict=True):
             self._act(session, arrival, result)
         self._turns.dispatch()
+        self._desk.on_quiet()
         return admitted
 
     def _take_back(self, session: Session, arrival: Arrival) -> None:
@@ -262,11 +264,15 @@ class Inbox:
         turn, resolved = await self._desk.store.stop_by_key(key)
         if turn is None:
             return False
-        session = self._desk.sessions.find(key)
+        desk = self._desk
+        session = desk.sessions.find(key)
         if session is not None:
-            self._desk.sessions.opened(session, -len(resolved))
+            desk.sessions.opened(session, -len(resolved))
         self.note_stopped(key, turn, Why.STOPPED)
-        self._desk.waiters.ended(key.channel, resolved)
+        desk.waiters.ended(key.channel, resolved)
+        if session is not None:
+            desk.sessions.let_go(session)  # its child may have ended before this came back
+        desk.on_quiet()
         return True
 
 
