@@ -15,11 +15,17 @@ MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture
-def machine(tmp_path: Path, autojump_clock: MockClock) -> Iterator[Machine]:
-    """A store of its own, on virtual time; in memory where the machine has such a place, because
-    virtual time has no use for a disk that syncs."""
+def memory_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder like `tmp_path`; in memory where the machine has such a place, because neither
+    virtual time nor a process that is killed has any use for a disk that syncs."""
     if not os.access(MEMORY, os.W_OK):
-        yield Machine(tmp_path)
+        yield tmp_path
         return
     with tempfile.TemporaryDirectory(dir=MEMORY) as where:
-        yield Machine(Path(where))
+        yield Path(where)
+
+
+@pytest.fixture
+def machine(memory_path: Path, autojump_clock: MockClock) -> Machine:
+    """A store of its own, on virtual time."""
+    return Machine(memory_path)

@@ -211,7 +211,7 @@ async def test_a_checkpoint_of_the_wal_that_fails_harms_nobody(
     assert rows(open_test_gateway.store, "SELECT count(*) FROM message") == [(6,)]
 
 
-def test_p14_real_limits_of_the_kernel_are_told_and_survived(tmp_path: Path) -> None:
+def test_p14_real_limits_of_the_kernel_are_told_and_survived(memory_path: Path) -> None:
     """RLIMIT_FSIZE: the kernel itself refuses to write, until it is lifted."""
 
     async def scenario(life: Life) -> None:
@@ -227,7 +227,7 @@ def test_p14_real_limits_of_the_kernel_are_told_and_survived(tmp_path: Path) -> 
             await gateway.ask(msg("ada", "m2"))
         assert not log.of(GatewayFailed)
 
-    world = World(tmp_path)
+    world = World(memory_path)
     assert not live(scenario, world)
     check_invariants(world.store, settled=True)
 
@@ -235,7 +235,7 @@ def test_p14_real_limits_of_the_kernel_are_told_and_survived(tmp_path: Path) -> 
 # ----- a commit whose outcome is unknown
 
 
-def test_p06_a_settle_whose_commit_failed_and_is_durable_all_the_same(tmp_path: Path) -> None:
+def test_p06_a_settle_whose_commit_failed_and_is_durable_all_the_same(memory_path: Path) -> None:
     """Syncing fails after the frames were written, then the process dies: the next life finds the
     turn settled. So what failed is not known to have failed."""
 
@@ -255,7 +255,7 @@ def test_p06_a_settle_whose_commit_failed_and_is_durable_all_the_same(tmp_path: 
                 await channel.receive("ada", "m1", "hello")
                 await trio.sleep_forever()
 
-    world = World(tmp_path)
+    world = World(memory_path)
     assert live(first, world)
     assert open_turns(world) == {}
     assert world.arrived() == ()
@@ -275,7 +275,7 @@ async def calm(life: Life) -> None:
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 async def test_p06_an_error_around_any_one_commit_loses_and_doubles_nothing(
-    tmp_path: Path, autojump_clock: MockClock, moment: str
+    memory_path: Path, autojump_clock: MockClock, moment: str
 ) -> None:
     """Before a commit: it failed. After: it stands, and an error is all that came back. In either
     case the same life gets over it."""
@@ -283,7 +283,7 @@ async def test_p06_an_error_around_any_one_commit_loses_and_doubles_nothing(
     reached = True
     while reached:
         commit += 1
-        world = World(tmp_path / str(commit))
+        world = World(memory_path / str(commit))
         world.folder.mkdir()
         tap = CrashPoints(f"{commit} {moment}", death=fail)
         opener = GatewayOpener(store=world.store, inline_store=True, tap=tap)
@@ -356,7 +356,7 @@ def life_on(make_fault: Callable[[], Fault]) -> Scenario:
 
 @pytest.mark.parametrize("at", range(1, 13))
 def test_a_store_whose_maker_died_while_making_it_is_made_by_the_next(
-    at: int, tmp_path: Path
+    at: int, memory_path: Path
 ) -> None:
     async def half_made(life: Life) -> None:
         with Disk() as disk:
@@ -366,7 +366,7 @@ def test_a_store_whose_maker_died_while_making_it_is_made_by_the_next(
                     raise AssertionError("opened")
             die()
 
-    world = World(tmp_path)
+    world = World(memory_path)
     assert live(half_made, world)
     assert not live(calm, world, number=2, virtual_time=True)
     all_ended(world)
@@ -376,12 +376,12 @@ ONCE = ("eio", "full", "read")
 """Faults that a life gets over by itself."""
 
 
-def sweep(tmp_path: Path, kind: str, every: int) -> int:
+def sweep(memory_path: Path, kind: str, every: int) -> int:
     """Fail every so many-th operation, one world each; how many operations there were."""
     at = 0
     while True:
         at += every
-        world = World(tmp_path / f"{at}")
+        world = World(memory_path / f"{at}")
         world.folder.mkdir()
         killed = live(life_on(lambda: Fault(kind, at)), world, virtual_time=True)  # noqa: B023
         if "calm" in world.notes:
@@ -396,7 +396,7 @@ def sweep(tmp_path: Path, kind: str, every: int) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_p01_p05_p06_p14_a_disk_that_fails_loses_and_doubles_nothing(
-    kind: str, tmp_path: Path
+    kind: str, memory_path: Path
 ) -> None:
     """Some operations of each; `nox -s crash` goes through all of them."""
-    assert sweep(tmp_path, kind, every=11) > 30
+    assert sweep(memory_path, kind, every=11) > 30

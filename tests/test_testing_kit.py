@@ -83,9 +83,9 @@ def stores_in(folder: Path, *, inline: bool) -> OpenStore:
 @pytest.mark.parametrize("inline", [False, True], ids=["on a thread", "in the loop"])
 @pytest.mark.parametrize("check", STORE_CHECKS, ids=name_of)
 async def test_our_store_keeps_the_contract(
-    check: StoreCheck, inline: bool, tmp_path: Path
+    check: StoreCheck, inline: bool, memory_path: Path
 ) -> None:
-    await check(stores_in(tmp_path, inline=inline))
+    await check(stores_in(memory_path, inline=inline))
 
 
 class Forgetful(SqliteStore):

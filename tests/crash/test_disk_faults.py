@@ -13,6 +13,6 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_p01_p05_p06_p14_every_operation_of_the_disk_fails_and_nothing_is_lost_or_doubled(
-    kind: str, tmp_path: Path
+    kind: str, memory_path: Path
 ) -> None:
-    assert sweep(tmp_path, kind, every=1) > 30
+    assert sweep(memory_path, kind, every=1) > 30
