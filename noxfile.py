@@ -18,11 +18,18 @@ nox.options.reuse_venv = "yes"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = "CI" in os.environ
 nox.options.sessions = [
-    "lint", "types", "tests", "tests_trio", "crash", "examples", "build", "bench",
+    "lint", "types", "tests", "tests_trio", "examples", "build", "bench", "proof", "crash",
 ]  # fmt: skip
 
 PYTHONS = ["3.11", "3.12", "3.13"]
 OLDEST_TRIO = "trio==0.32.0"
+CAMPAIGNS = [
+    "lives", "systemd", "kill-io", "power", "bad-input", "soak", "resources", "machine",
+    "supervisors", "contract",
+]  # fmt: skip
+"""What fits, in the size of CI, into twenty minutes on two cores."""
+LONG_CAMPAIGNS = ["disk", "kill-syscalls"]
+"""What takes as long by itself."""
 GROUPS = nox.project.dependency_groups
 PROJECT = nox.project.load_toml("pyproject.toml")
 
@@ -80,13 +87,6 @@ def tests_trio(session: nox.Session, trio: str) -> None:
 
 
 @nox.session
-def crash(session: nox.Session) -> None:
-    """Processes killed at random under load, and checked."""
-    session.install("-e", ".[test]")
-    session.run("pytest", "tests/crash", "-m", "crash", *session.posargs)
-
-
-@nox.session
 def examples(session: nox.Session) -> None:
     """Every example, run as a process; README's bot and transcript too."""
     session.install("-e", ".[test]")
@@ -123,5 +123,50 @@ def _expect_echo(session: nox.Session, command: Path) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The figures: ratios to a bare program that makes the same commits. One JSON object."""
-    session.install("-e", ".")
+    session.install("-e", ".[http]")
     session.run("python", "-m", "benchmarks", "floor", "--json", *session.posargs)
+
+
+# ----- the proof: what a machine cannot run is skipped, and says so
+
+
+def _prove(session: nox.Session, *args: str) -> None:
+    session.install("-e", ".[test]", *GROUPS(PROJECT, "proof"))
+    session.run("python", "-m", "proof", *args, *session.posargs)
+
+
+@nox.session
+def proof(session: nox.Session) -> None:
+    """What CI runs: every campaign, those that take long in small. One JSON line each."""
+    _prove(session, *CAMPAIGNS, "--at-once", "2")
+    _prove(session, *LONG_CAMPAIGNS, "--at-once", "2", "--size", "quick")
+
+
+@nox.session
+def crash(session: nox.Session) -> None:
+    """Every commit of two scenarios is killed, and every commit of their recoveries."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "tests/crash", "-m", "crash", *session.posargs)
+
+
+@nox.session(name="proof-long")
+def proof_long(session: nox.Session) -> None:
+    """What CI runs in small, in its whole size; then every campaign in the size for a long run,
+    which takes hours. Arguments go to both: `nox -s proof-long -- --out figures.jsonl`."""
+    _prove(session, *LONG_CAMPAIGNS, "--at-once", "2")
+    _prove(session, "all", "--at-once", "2", "--size", "long")
+
+
+for name in CAMPAIGNS + LONG_CAMPAIGNS:
+
+    @nox.session(name=name)
+    def campaign(session: nox.Session, name: str = name) -> None:
+        """One campaign; arguments go to it: `nox -s lives -- --only 17`."""
+        _prove(session, name)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Deliberate breaks of a copy: each must be caught by a campaign."""
+    session.install("-e", ".[test]", *GROUPS(PROJECT, "proof"))
+    session.run("python", "-m", "proof.mutants", *session.posargs)

@@ -19,7 +19,7 @@ import trio
 from trio_gateway import Settings
 from trio_gateway._collector import calm_collector
 
-from . import _floor, _gateway, _stores
+from . import _floor, _gateway, _http, _stores
 
 Figures = dict[str, float]
 
@@ -87,6 +87,18 @@ def _drain(path: Path, count: int, seconds: float) -> float:
     return trio.run(_gateway.drain_overhead_ms, path, count, seconds)
 
 
+def _http_accept(kind: str, path: Path, count: int) -> float:
+    return _http.accepted(kind, path, count)
+
+
+def _ttft(path: Path, rate: float, count: int) -> float:
+    return _http.p99_first_text_ms(path, rate, count)
+
+
+def _sse(path: Path, count: int) -> float:
+    return _http.kb_each(path, count)
+
+
 MEASUREMENTS: dict[str, Callable[..., float]] = {
     "floor_turns": partial(_turns, _floor),
     "gateway_turns": partial(_turns, _gateway),
@@ -97,6 +109,10 @@ MEASUREMENTS: dict[str, Callable[..., float]] = {
     "resumed": _resumed,
     "memory": _memory,
     "drain": _drain,
+    "http_gateway": partial(_http_accept, "gateway"),
+    "http_hello": partial(_http_accept, "hello"),
+    "ttft": _ttft,
+    "sse": _sse,
 }
 
 
@@ -194,6 +210,26 @@ def resume(quick: bool) -> Figures:
     return {"fresh_per_s": fresh, "resumed_per_s": resumed, "resume_ratio": ratio}
 
 
+def http(quick: bool) -> Figures:
+    """Messages accepted over HTTP, against a bare hello that reads and writes as much."""
+    count = 2_000 if quick else 20_000
+    ours, hello, ratio = pairs(("http_gateway", count), ("http_hello", count), 1 if quick else 5)
+    # The first text at half that load, whoever else is served: an open loop, so that a server that
+    # falls behind cannot hide it.
+    p99 = in_process("ttft", ours / 2, 1_000 if quick else 10_000)
+    return {
+        "http_accept_per_s": ours,
+        "http_hello_per_s": hello,
+        "http_accept_ratio": ratio,
+        "ttft_p99_ms": p99,
+    }
+
+
+def sse(quick: bool) -> Figures:
+    """Memory for each idle event stream."""
+    return {"sse_kb": in_process("sse", 500 if quick else 10_000)}
+
+
 FIGURES: dict[str, Callable[[bool], Figures]] = {
     "turns_1": turns_1,
     "turns_1000": turns_1000,
@@ -204,6 +240,8 @@ FIGURES: dict[str, Callable[[bool], Figures]] = {
     "idle_memory": idle_memory,
     "drain": drain,
     "resume": resume,
+    "http": http,
+    "sse": sse,
 }
 
 

@@ -19,7 +19,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from signal import SIGTERM, Signals
@@ -215,15 +215,16 @@ def launch(
     env: Mapping[str, str] = os.environ,
     ready: bool = True,
     stderr: int | None = None,
+    options: Sequence[str] = ("--jsonl",),
 ) -> Generator[GatewayProcess]:
     """A gateway that hosts `agent`, the source of a module that defines `agent`, on the store in
     the directory `where`. `ready`: wait until it has recovered and serves. `stderr`: a descriptor
-    for its standard error, which otherwise goes to a file."""
+    for its standard error, which otherwise goes to a file. `options`: of the command line."""
     number = len(list(where.glob("agent*.py")))
     source = where / f"agent{number}.py"
     source.write_text(textwrap.dedent(agent))
     errors = where / f"stderr{number}.txt"
-    command = [sys.executable, "-m", "trio_gateway", "run", f"{source}:agent", "--jsonl"]
+    command = [sys.executable, "-m", "trio_gateway", "run", f"{source}:agent", *options]
     command += ["--store", str(where / store), "--grace", f"{grace}s", "--budget", f"{budget}s"]
     with errors.open("wb") as to_file:
         process = subprocess.Popen(

@@ -19,8 +19,19 @@ LAYERS = (
     # From the top down. An import leads to a later layer, or stays in its own.
     ("__main__",),
     ("_cli", "_commands", "_demo", "_demo_agent"),
-    ("_views", "_doctor", "_host", "_loader"),
-    ("_logs", "_config", "_signals", "_supervisor", "_tasktree", "_collector"),
+    ("_views", "_doctor", "_install", "_host", "_loader"),
+    (
+        "_allowance",
+        "_logs",
+        "_config",
+        "_signals",
+        "_supervisor",
+        "_stall",
+        "_tasktree",
+        "_collector",
+        "_activation",
+    ),
+    ("agents", "agents.*", "http", "http.*"),
     ("channels.*",),
     ("_gateway",),
     ("_recovery", "_shutdown", "_inbox"),
@@ -29,7 +40,7 @@ LAYERS = (
     ("_links", "_sessions", "_stream", "_settings"),
     ("channels",),
     ("store",),
-    ("_clock", "_policy", "_events"),
+    ("_clock", "_policy", "_events", "_strangers", "_jsonable"),
     ("_markers", "_messages"),
     ("_errors",),
 )
@@ -122,7 +133,16 @@ def test_channels_know_values_only(source: Path) -> None:
 
 @pytest.mark.parametrize("module", ["_shutdown", "_recovery"])
 def test_the_story_knows_the_store_and_the_rules(module: str) -> None:
-    rules = {"_errors", "_events", "_markers", "_messages", "_policy", "_settings", "store"}
+    rules = {
+        "_errors",
+        "_events",
+        "_markers",
+        "_messages",
+        "_policy",
+        "_settings",
+        "_strangers",
+        "store",
+    }
 
     assert set(own(PACKAGE / f"{module}.py")) <= rules
 

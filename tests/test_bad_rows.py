@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import attrs
+import orjson
 import pytest
 import trio
 from helpers import Log, Machine, Script, msg, settled_well
@@ -15,19 +18,26 @@ from trio_gateway import (
     AsyncAgent,
     Busy,
     Gateway,
+    InvalidInput,
     Message,
     ReceiptStatus,
     ReplyKind,
     SessionKey,
     Settings,
     StepNotStorable,
+    StoreCorrupt,
+    StoreSchemaError,
     Turn,
     TurnState,
 )
+from trio_gateway._cli import main
+from trio_gateway._errors import unless_for_want_of_memory
 from trio_gateway._events import GatewayFailed, MessageUnreadable, TurnSettled
 from trio_gateway._policy import SORRY, SORRY_UNREADABLE
+from trio_gateway._steps import load
 from trio_gateway.store import read_store
-from trio_gateway.store._database import open_database
+from trio_gateway.store._codec import load_ids, load_message
+from trio_gateway.store._database import open_database, select, translate
 from trio_gateway.testing import MemoryChannel, check_invariants
 
 QUICK = Settings(grace=1.0, budget=10.0)
@@ -532,6 +542,272 @@ async def test_c54_a_retry_of_what_cannot_be_read_is_answered_too(
     assert machine.said("a") == [
         "re: hi", SORRY_UNREADABLE, "Trying again.", SORRY_UNREADABLE,
     ]  # fmt: skip
+
+
+# ----- rows that say what no gateway ever wrote
+
+
+BIG = 2**63 - 1
+NO_TEXT = "CAST(x'ff61' AS TEXT)"
+
+INSANE = [
+    f"UPDATE session SET name = {NO_TEXT} WHERE name = 'bad'",
+    f"UPDATE session SET conversation = {BIG} WHERE name = 'bad'",
+    "DELETE FROM session WHERE name = 'bad'",
+    f"UPDATE message SET id = {NO_TEXT} WHERE id = 'm1'",
+    f"UPDATE message SET id = {NO_TEXT} WHERE id = 'm2'",
+    "UPDATE message SET session = (SELECT id FROM session WHERE name = 'good') WHERE id = 'm1'",
+    "UPDATE message SET session = 77 WHERE id = 'm2'",
+    "DELETE FROM message WHERE id = 'm1'",
+    f"UPDATE message SET seq = {BIG} WHERE id = 'm2'",
+    "UPDATE turn SET state = 'nonsense' WHERE id = 1",
+    f"UPDATE turn SET state = {NO_TEXT} WHERE id = 1",
+    "UPDATE turn SET reason = NULL WHERE id = 1",
+    f"UPDATE turn SET reason = {NO_TEXT} WHERE id = 1",
+    "UPDATE turn SET reason = 'nonsense' WHERE id = 1",
+    "UPDATE turn SET marked_at = NULL, marked_up = NULL WHERE id = 1",
+    f"UPDATE turn SET attempt = {BIG} WHERE id = 1",
+    f"UPDATE turn SET crashes = {BIG}, state = 'RUNNING' WHERE id = 1",
+    f"UPDATE turn SET interruptions = {-BIG} WHERE id = 1",
+    "UPDATE turn SET epoch = 77 WHERE id = 1",
+    "UPDATE turn SET epoch = 2, state = 'RUNNING' WHERE id = 1",
+    f"UPDATE turn SET id = {BIG} WHERE id = 1",
+    "UPDATE turn SET session = 77 WHERE id = 1",
+    "DELETE FROM epoch",
+    f"UPDATE epoch SET machine = {NO_TEXT}, ending = {NO_TEXT}",
+    "INSERT INTO attempt SELECT id, attempt, 1, 1, 1, 'x' FROM turn WHERE id = 1",
+    f"UPDATE step SET state = {NO_TEXT}, effect = {NO_TEXT}",
+    f"UPDATE delivery SET kind = {NO_TEXT} WHERE text = 'on it'",
+    "UPDATE delivery SET kind = 'nonsense' WHERE text = 'on it'",
+    f"UPDATE delivery SET key = {NO_TEXT} WHERE text = 'on it'",
+    f"UPDATE delivery SET tries = {BIG} WHERE text = 'on it'",
+    f"UPDATE delivery SET not_before = {-BIG - 1} WHERE text = 'on it'",
+    "UPDATE delivery SET session = 77 WHERE text = 'on it'",
+]
+
+
+def do(machine: Machine, statement: str) -> None:
+    """Something changes the database by hand."""
+    with closing(open_database(machine.store, write=True)) as db:
+        list(db.execute(statement))
+        assert db.changes() or not statement.startswith(("UPDATE", "DELETE", "INSERT"))
+
+
+async def interrupted(machine: Machine) -> None:
+    """Two sessions of a channel: each has a turn that was cut, with a step and something said that
+    has not arrived, and a message that waits behind it."""
+    channel = MemoryChannel("chat")
+
+    async def never(delivery: object) -> None:
+        await trio.sleep_forever()
+
+    async def agent(turn: Turn) -> str:
+        await turn.step(nothing)
+        await turn.say("on it" if turn.session.name == "bad" else "at it")
+        await trio.sleep_forever()
+        raise AssertionError
+
+    channel.before_send = never
+    async with machine.boot(agent, channel, settings=QUICK):
+        await channel.wait_ready()
+        for name, first, second in (("bad", "m1", "m2"), ("good", "n1", "n2")):
+            await channel.receive(name, first, "1")
+            await channel.receive(name, second, "2")
+        await trio.sleep(1)
+
+
+async def nothing() -> None:
+    await trio.lowlevel.checkpoint()
+
+
+@pytest.mark.parametrize("statement", INSANE)
+async def test_p14_an_insane_row_costs_its_own_message_at_the_most(
+    machine: Machine, autojump_clock: MockClock, statement: str
+) -> None:
+    """The other session notices nothing; the damaged one goes on; and whoever looks can see it."""
+    await interrupted(machine)
+    do(machine, statement)
+    channel = MemoryChannel("chat")
+
+    async def agent(turn: Turn) -> str:
+        await turn.step(nothing)
+        await turn.history()
+        return f"re: {turn.text}"
+
+    async with machine.boot(agent, channel) as gateway:
+        for name in ("bad", "good", "new"):
+            await channel.receive(name, f"later-{name}", "later")
+        with trio.move_on_after(3600):
+            await gateway.wait_idle()
+    assert machine.log.of(GatewayFailed) == []
+    assert channel.texts("good") == ["at it", "re: 1", "re: 2", "re: later"]
+    assert channel.texts("new") == ["re: later"]
+    assert machine.fate("later-bad") == "answered"
+    assert machine.rows("SELECT id FROM turn WHERE settled_at IS NULL") == []
+    for words in (("sessions", "list"), ("quarantine", "list"), ("dead-letters", "list")):
+        assert main([*words, "--store", str(machine.store)]) == 0
+    assert main(["explain", "later-bad", "--store", str(machine.store)]) == 0
+
+
+async def test_p14_a_message_that_no_start_will_come_to_is_named_by_the_doctor(
+    machine: Machine, autojump_clock: MockClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await interrupted(machine)
+    do(machine, "UPDATE message SET turn = NULL WHERE id = 'm1'")
+    do(machine, "UPDATE message SET state = 'nonsense' WHERE id = 'n2'")
+    async with machine.boot(Script(open=True), MemoryChannel("chat")):
+        await trio.sleep(10)
+    assert main(["doctor", "--store", str(machine.store)]) == 1
+    assert "no start will answer m1, n2" in capsys.readouterr().out
+
+
+async def test_p14_a_step_whose_name_cannot_be_read_is_not_done_again(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """Nobody can tell which one it was: the turn ends instead, also when it is tried again."""
+    await interrupted(machine)
+    do(machine, f"UPDATE step SET name = {NO_TEXT} WHERE turn = 1")
+    channel = MemoryChannel("chat")
+    agent = Script(open=True)
+    async with machine.boot(agent, channel) as gateway:
+        await gateway.wait_idle()
+        await channel.receive("bad", "again", "/retry")
+        await gateway.wait_idle()
+    assert machine.fate("m1") == "failed"
+    assert channel.texts("bad")[1:] == [
+        SORRY_UNREADABLE, "re: 2", "There is nothing to try again.",
+    ]  # fmt: skip
+    async with machine.boot(agent, channel) as gateway:
+        do(machine, "UPDATE message SET state = 'queued', ended_at = NULL WHERE id = 'm1'")
+    async with machine.boot(agent, channel) as gateway:
+        await whole_again(machine, gateway)
+    assert channel.texts("bad")[-1] == SORRY_UNREADABLE
+    assert ("bad", "1") not in [(name, text) for name, _, text in agent.begun]
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("DELETE FROM store", "does not say which store it is"),
+        ("UPDATE store SET id = ''", "does not say which store it is"),
+        (f"UPDATE store SET id = {NO_TEXT}", "not readable"),
+        ("PRAGMA user_version = -1", "schema version -1"),
+        ("PRAGMA user_version = 0", "schema version 0"),
+        ("DROP INDEX turn_open", "lacks turn_open"),
+        ("DROP TABLE step", "lacks step"),
+        ("ALTER TABLE turn RENAME COLUMN reason TO why", "turn lacks reason"),
+        ("CREATE TRIGGER t AFTER UPDATE ON turn BEGIN DELETE FROM message; END", "trigger, t"),
+    ],
+)
+async def test_p14_a_store_that_is_nobody_s_is_refused_and_left_as_it_is(
+    machine: Machine, autojump_clock: MockClock, statement: str, said: str
+) -> None:
+    await interrupted(machine)
+    do(machine, statement)
+    before = machine.store.read_bytes()
+    with pytest.raises((StoreCorrupt, StoreSchemaError), match=said) as caught:
+        async with machine.boot(Script(open=True), MemoryChannel("chat")):
+            pass
+    assert str(machine.store) in str(caught.value)
+    assert str(caught.value).count(str(machine.store)) == 1
+    assert machine.store.read_bytes() == before
+
+
+@pytest.mark.parametrize("sound", [True, False])
+async def test_p14_a_copy_in_another_journal_mode_is_looked_through_before_it_is_changed(
+    machine: Machine, autojump_clock: MockClock, sound: bool
+) -> None:
+    """A backup need not be a WAL database. A damaged one is refused before it becomes one."""
+    async with machine.boot(Script(open=True)) as gateway:
+        await gateway.accept([msg("a", f"m{n}", "x" * 900) for n in range(40)])
+        await gateway.wait_idle()
+    copy = machine.store.with_name("copy.db")
+    with closing(open_database(machine.store, write=True)) as db:
+        db.execute("VACUUM INTO ?", (str(copy),))
+    machine.store = copy
+    data = bytearray(copy.read_bytes())
+    assert data[18:20] == b"\x01\x01", "a copy is in the oldest mode"
+    if sound:
+        async with machine.boot(Script(open=True)) as gateway:
+            await gateway.ask(msg("a", "next"))
+        return
+    data[4096 * 10 : 4096 * 10 + 8] = bytes(8)
+    copy.write_bytes(data)
+    with pytest.raises(StoreCorrupt, match=r"copy\.db is damaged"):
+        async with machine.boot(Script(open=True)):
+            pass
+    assert copy.read_bytes() == data
+
+
+async def test_p14_a_turn_that_retries_itself_can_be_explained(
+    machine: Machine, autojump_clock: MockClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with machine.boot(Script(open=True)) as gateway:
+        await gateway.ask(msg("a", "m1"))
+    do(machine, "UPDATE turn SET retry_of = id, begun_at = 9223372036854775807, attempt_at = -9e15")
+    assert main(["explain", "m1", "--store", str(machine.store)]) == 0
+    assert "turn COMPLETED" in capsys.readouterr().out
+
+
+async def test_p14_what_stands_in_a_row_does_not_command_the_terminal(
+    machine: Machine, autojump_clock: MockClock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with machine.boot(Script(open=True)) as gateway:
+        await gateway.ask(msg("a", "m1"))
+    for table, column in (("message", "state"), ("delivery", "kind"), ("delivery", "state")):
+        do(machine, f"UPDATE {table} SET {column} = char(27) || '[2J'")
+    for words in (("sessions", "show", "local:a"), ("explain", "m1")):
+        assert main([*words, "--store", str(machine.store)]) == 0
+        assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_query_reads_what_is_no_text_as_an_escape_in_its_place(tmp_path: Path) -> None:
+    (tmp_path / "x.db").touch()
+    with closing(open_database(tmp_path / "x.db", write=True)) as db:
+        db.execute("CREATE TABLE t (a TEXT, b INTEGER, c BLOB) STRICT")
+        for n, text in enumerate((b"one", b"t\xff\xfewo", b"three")):
+            db.execute("INSERT INTO t VALUES (CAST(? AS TEXT), ?, x'ff')", (text, n))
+        found = select(db, "SELECT a, b, c FROM t WHERE b < ? ORDER BY b DESC", (9,))
+    assert found == [("three", 2, b"\xff"), ("t\\xff\\xfewo", 1, b"\xff"), ("one", 0, b"\xff")]
+
+
+def test_what_comes_of_a_senseless_row_is_an_error_of_ours() -> None:
+    for error in (TypeError("x"), ValueError("x"), OverflowError("x")):
+        assert isinstance(translate(error), StoreCorrupt)
+    mine = InvalidInput("x")
+    assert translate(mine) is mine
+
+
+@attrs.frozen
+class Plan:
+    """What a step may return."""
+
+    words: str
+
+
+def test_p14_a_want_of_memory_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What seems to be damaged is given up for good; this is not."""
+    key = SessionKey("jsonl", "a")
+    reads: list[Callable[[], object]] = [
+        lambda: load_message(key, "m1", b'{"text": "hi"}'),
+        lambda: load_ids(b'["m1"]'),
+        lambda: load("the plan", '{"words": "go"}', Plan),
+    ]
+
+    def no_buffer(_: object) -> NoReturn:
+        raise orjson.JSONDecodeError("Not enough memory to allocate buffer for parsing", "", 0)
+
+    for read in reads:
+        assert read()
+    with monkeypatch.context() as patch:
+        patch.setattr(orjson, "loads", no_buffer)
+        patch.setattr("cattrs.preconf.orjson.loads", no_buffer)
+        for read in reads:
+            with pytest.raises(MemoryError):
+                read()
+    with pytest.raises(MemoryError):
+        unless_for_want_of_memory(ExceptionGroup("while reading", [ValueError(), MemoryError()]))
+    unless_for_want_of_memory(ValueError("Not enough memory, says a text"))
 
 
 async def test_c54_the_store_is_damaged_as_these_tests_say(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, timedelta
 
@@ -22,6 +24,7 @@ from trio_gateway import (
     Settings,
     TurnState,
 )
+from trio_gateway._clock import SystemClock
 from trio_gateway._events import (
     ChannelFailed,
     GatewayStarted,
@@ -554,6 +557,21 @@ async def test_c24_a_reboot_with_the_clock_set_back(
     async with machine.boot(agent) as gateway:
         await gateway.wait_idle()
     assert machine.fate("m1") == "answered"
+
+
+def test_c24_a_container_that_counts_its_own_uptime_is_timed_by_the_machine() -> None:
+    """A turn that was interrupted in one time namespace, and resumes in another."""
+    start = ["unshare", "--time", "--boottime", "1000000", "--", sys.executable, "-c"]
+    try:
+        shown = subprocess.check_output([*start, "import time; print(time.clock_gettime(7))"])
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no time namespace: {error}")
+    if float(shown) < 1_000_000:
+        pytest.skip("this kernel lets only children into a time namespace")
+    now = "from trio_gateway._clock import SystemClock; print(SystemClock().now().up)"
+    there = int(subprocess.check_output([*start, now]))
+    here = SystemClock().now().up
+    assert 0 <= here - there < 10_000_000
 
 
 # ----- notices

@@ -23,9 +23,16 @@ import pytest
 import trio
 
 from trio_gateway import AgentNotUsable, Delivery, Message, Turn, Undeliverable, open_gateway
+from trio_gateway._allowance import (
+    SYSTEMCTL_PATIENCE,
+    Unit,
+    parse_timespan,
+    unit_in,
+    warnings_at_start,
+)
 from trio_gateway._cli import main
 from trio_gateway._config import Config
-from trio_gateway._doctor import SYSTEMCTL_PATIENCE, Unit, examine, parse_timespan, unit_in
+from trio_gateway._doctor import examine
 from trio_gateway._loader import AgentModuleFailed, load_agent
 from trio_gateway.testing import MemoryChannel
 
@@ -894,6 +901,7 @@ def test_doctor_knows_its_unit(tmp_path: Path, cgroup: str, unit: Unit | None) -
         ("500ms", 0.5),
         ("1h 2.5s", 3602.5),
         ("infinity", float("inf")),
+        ("0", 0.0),
         ("", None),
         ("soon", None),
         ("5 apples", None),
@@ -903,31 +911,95 @@ def test_doctor_reads_what_systemd_writes(text: str, seconds: float | None) -> N
     assert parse_timespan(text) == seconds
 
 
+GOOD_UNIT = {
+    "LoadState": "loaded",
+    "Type": "notify",
+    "TimeoutStopUSec": "40s",
+    "WatchdogUSec": "30s",
+    "KillMode": "mixed",
+    "Restart": "on-failure",
+    "RestartForceExitStatus": "75",
+    "RestartPreventExitStatus": "78",
+}
+"""What systemctl says of a unit that `trio-gateway install systemd` wrote."""
+
+
+def systemctl_says(where: Path, monkeypatch: pytest.MonkeyPatch, unit: str, **facts: str) -> None:
+    """Put a systemctl of our own on the PATH, which answers when it is asked for that unit."""
+    lines = "".join(f"echo '{name}={value}'\n" for name, value in facts.items())
+    write(
+        where / "systemctl",
+        f'#!/bin/sh\ncase "$*" in "show -p "*" -- {unit}") ;; *) exit 1;; esac\n{lines}',
+    ).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{where}:{os.environ['PATH']}")
+
+
+def supervisor_findings(where: Path, **options: Any) -> list[tuple[str, str]]:
+    """What doctor finds out about the supervisor of a process in bot.service."""
+    (where / "self").mkdir()
+    write(where / "self" / "cgroup", SERVICE)
+    findings = examine(Config(), where / "gateway.db", {}, processes=where, **options)
+    return [(one.status, one.found) for one in findings if one.check == "supervisor"]
+
+
 @pytest.mark.parametrize(
-    ("answer", "status", "told"),
+    ("limit", "status", "told"),
     [
-        ("TimeoutStopUSec=1min 30s", "ok", "bot.service allows 90s for a stop"),
-        ("TimeoutStopUSec=20s", "fail", "raise its TimeoutStopSec above 30s"),
-        ("TimeoutStopUSec=infinity", "ok", "any time to stop"),
+        ("1min 30s", "ok", "bot.service allows 90s for a stop"),
+        ("30s", "warn", "leave a second between them; raise its TimeoutStopSec above 30s"),
+        ("20s", "fail", "raise its TimeoutStopSec above 30s"),
+        ("infinity", "ok", "any time to stop"),
         ("", "warn", "compare its TimeoutStopSec with drain.budget (30s) yourself"),
     ],
 )
 def test_doctor_compares_the_budget_with_systemds_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, status: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, status: str, told: str
 ) -> None:
     """With a systemctl of our own: it is asked for the unit in the process's cgroup."""
-    systemctl = write(
-        tmp_path / "systemctl",
-        f'#!/bin/sh\n[ "$*" = "show -p TimeoutStopUSec -- bot.service" ] && echo \'{answer}\'\n',
-    )
-    systemctl.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    (tmp_path / "self").mkdir()
-    write(tmp_path / "self" / "cgroup", SERVICE)
-    findings = examine(Config(), tmp_path / "gateway.db", {}, processes=tmp_path)
-    (finding,) = [one for one in findings if one.check == "supervisor"]
-    assert finding.status == status
-    assert told in finding.found
+    systemctl_says(tmp_path, monkeypatch, "bot.service", **GOOD_UNIT | {"TimeoutStopUSec": limit})
+    ((found_status, found_text),) = supervisor_findings(tmp_path)
+    assert found_status == status
+    assert told in found_text
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "fix"),
+    [
+        ("Type", "simple", "set Type=notify"),
+        ("KillMode", "control-group", "set KillMode=mixed"),
+        ("KillMode", "process", "set KillMode=mixed"),
+        ("WatchdogUSec", "1s", "set at least 5s"),
+        ("RestartForceExitStatus", "", "set RestartForceExitStatus=75"),
+        ("RestartPreventExitStatus", "1 2", "set RestartPreventExitStatus=78"),
+    ],
+)
+def test_doctor_says_what_a_unit_should_rather_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fact: str, value: str, fix: str
+) -> None:
+    systemctl_says(tmp_path, monkeypatch, "bot.service", **GOOD_UNIT | {fact: value})
+    good, doubt = supervisor_findings(tmp_path)
+    assert good[0] == "ok"
+    assert doubt[0] == "warn"
+    assert doubt[1].startswith("bot.service: ")
+    assert doubt[1].endswith(fix)
+
+
+def test_doctor_compares_with_the_unit_that_is_named(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    systemctl_says(tmp_path, monkeypatch, "x.service", **GOOD_UNIT | {"TimeoutStopUSec": "5s"})
+    finding = found(shell.json("doctor", "--unit", "x", code=1), "supervisor")
+    assert finding["found"].startswith("x.service allows 5s for a stop, drain.budget is 30s")
+    systemctl_says(tmp_path, monkeypatch, "x.service", **GOOD_UNIT | {"LoadState": "not-found"})
+    finding = found(shell.json("doctor", "--unit", "x.service", code=1), "supervisor")
+    assert "there is no unit x.service: trio-gateway install systemd" in finding["found"]
+
+
+def test_a_start_hears_of_a_limit_that_is_too_short() -> None:
+    limit = {"TRIO_GATEWAY_STOP_LIMIT": "10s"}
+    (warning,) = warnings_at_start(30.0, limit)
+    assert "it would be killed before; raise terminationGracePeriodSeconds" in warning
+    assert warnings_at_start(5.0, limit) == warnings_at_start(30.0, {}) == []
 
 
 def test_doctor_does_not_wait_for_a_systemctl_that_hangs(

@@ -256,7 +256,7 @@ ONE_MISTAKE = {
     "[channels.jsonl]\nfile = 1": (
         "channels.jsonl.file: unknown key; known here: none (gateway.toml)"
     ),
-    "[channels.telegram]": "channels.telegram: unknown key; known here: console, jsonl"
+    "[channels.telegram]": "channels.telegram: unknown key; known here: console, jsonl, http"
     " (gateway.toml)",
     "[drian]": "drian: unknown key; did you mean drain? (gateway.toml)",
     '[store]\nkeep = "500d"': (

@@ -7,19 +7,23 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from doors import free_port
+from processes import launch
 
 from trio_gateway import Channel
+from trio_gateway.http import read_token, token_path
 from trio_gateway.testing import CHANNEL_CHECKS, ChannelBench
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -208,6 +212,40 @@ def test_the_assistant_keeps_it_short_when_the_gateway_drains(tmp_path: Path) ->
         assert first.end_input() == 0
 
 
+# ----- an agent in another language
+
+COUNTER = f"""
+import runpy
+agent = runpy.run_path({str(EXAMPLES / "process_agent.py")!r})["agent"]
+"""
+
+
+def test_the_script_counts(tmp_path: Path) -> None:
+    lines = output_of(hosting("process_agent"), tmp_path, 'two "words"\none\n')
+
+    assert lines == [
+        "I am counting.",
+        "There are 2 words.",
+        "I am counting.",
+        "There are 1 words.",
+    ]
+
+
+def test_the_script_counts_once_although_the_gateway_is_killed(tmp_path: Path) -> None:
+    with launch(tmp_path, COUNTER, env=environment(WORDS_PACE="60")) as first:
+        first.send("ada", "m1", "these are four words")
+        first.expect("progress", text="writing the answer")
+        first.kill()
+
+    with launch(tmp_path, COUNTER, env=environment(WORDS_PACE="0")) as second:
+        reply = second.expect("reply", final=True)
+        assert reply["text"] == "There are 4 words."
+        assert reply["attempt"] == 2
+        assert second.stop() == 0
+
+    assert (tmp_path / "counted.log").read_text() == "4\n"
+
+
 # ----- the programs
 
 
@@ -294,6 +332,62 @@ def test_crash_test_finds_the_careless_agent_out(tmp_path: Path) -> None:
     careless, careful = lines
     assert re.fullmatch(r"careless: point=\d+ (before|after): charged 2 times", careless)
     assert re.fullmatch(r"careful: died (\d+) times, .*; charged once each time", careful)
+
+
+def test_seeded_lives_find_the_careless_agent_out(tmp_path: Path) -> None:
+    careless, careful = output_of([sys.executable, str(EXAMPLES / "seeded_lives.py")], tmp_path)
+
+    assert re.fullmatch(r"careless: seed \d+: turns \[.+\] were charged twice", careless)
+    assert re.fullmatch(r"careful: 60 seeds, died \d+ times; each turn was charged once", careful)
+
+
+def test_openai_client_reads_on_after_a_kill(tmp_path: Path) -> None:
+    port = free_port()
+    host = ["--http", f"127.0.0.1:{port}", "--store", str(tmp_path / "gateway.db")]
+    told = runpy.run_path(str(EXAMPLES / "openai_client.py"))["STORY"]
+    given = environment(
+        OPENAI_API_KEY=read_token(token_path(tmp_path / "gateway.db")),
+        OPENAI_BASE_URL=f"http://127.0.0.1:{port}/v1",
+        STORY_PACE="0.05",
+        NO_PROXY="127.0.0.1",
+    )
+    client = [sys.executable, str(EXAMPLES / "openai_client.py")]
+    with ended(hosting("openai_client", *host), tmp_path, given) as gateway:
+        wait_for_port(port, gateway)
+        with ended(client, tmp_path, given, stdout=subprocess.PIPE) as reader:
+            assert reader.stdout is not None
+            begun = reader.stdout.read(len("Once upon a time"))
+            gateway.kill()
+            gateway.wait(PATIENCE)
+            with ended(hosting("openai_client", *host), tmp_path, given):
+                rest, _ = reader.communicate(timeout=PATIENCE)
+    assert reader.returncode == 0
+    assert (begun + rest).decode() == f"{told}\n"
+
+
+@contextmanager
+def ended(
+    command: list[str], where: Path, env: dict[str, str], stdout: int | None = subprocess.DEVNULL
+) -> Generator[subprocess.Popen[bytes]]:
+    """A process, which is gone after the block."""
+    with subprocess.Popen(
+        command, cwd=where, env=env, stdout=stdout, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until somebody listens."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        assert process.poll() is None
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"nobody listens at {port}")
 
 
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

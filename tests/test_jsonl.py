@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -18,7 +19,7 @@ import pytest
 import trio
 import trio.testing
 
-from trio_gateway._errors import ChannelEnded, StoreFull
+from trio_gateway._errors import ChannelEnded, StoreCorrupt, StoreFull
 from trio_gateway._messages import (
     Delivery,
     HistoryItem,
@@ -151,6 +152,26 @@ async def serve(channel: Channel, intake: NotingIntake) -> None:
             await channel.serve(intake, task_status=task_status)
 
         await nursery.start(started)
+
+
+class PoisonedIntake(NotingIntake):
+    """Whose store cannot take the messages of one session, ever."""
+
+    async def accept(self, *messages: Message, cursor: str | None = None) -> tuple[Receipt, ...]:
+        if any(message.session == "damaged" for message in messages):
+            raise StoreCorrupt("the database is damaged")
+        return await super().accept(*messages, cursor=cursor)
+
+
+async def test_p14_what_the_store_will_never_take_does_not_keep_its_neighbours_out() -> None:
+    intake = PoisonedIntake()
+    with piped() as ends:
+        ends.put(message(1), message(2, session="damaged"), b"no message", message(3))
+        events = await serve_all(ends, intake)
+    assert [event["event"] for event in events] == ["accepted", "error", "error", "accepted"]
+    assert "not accepted, send it again: the database is damaged" in events[1]["error"]
+    assert [event.get("line") for event in events] == [None, 2, 3, None]
+    assert [one.id for one in intake.messages] == ["m1", "m3"]
 
 
 # ----- the contract
@@ -427,6 +448,24 @@ def _read_exactly(fd: int, size: int) -> bytes:
     while len(data) < size:
         data += os.read(fd, 1 << 20)
     return data
+
+
+async def test_p14_without_a_descriptor_left_nobody_watches_the_reader_and_all_else_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_more() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    far, near = os.pipe()
+    writer = FdWriter(near)
+    monkeypatch.setattr("select.epoll", no_more)
+    with trio.move_on_after(0.05) as scope:
+        await writer.wait_closed()
+    assert scope.cancelled_caught
+    await writer.write(b"all the same\n")
+    assert os.read(far, 100) == b"all the same\n"
+    os.close(far)
+    os.close(near)
 
 
 async def test_lines_never_mix_and_a_cancelled_one_is_finished_by_the_next() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,11 +12,13 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from trio_gateway import _logs
 from trio_gateway._config import LogFormat, LogLevel
+from trio_gateway._errors import escape
 from trio_gateway._events import (
     DeadLettered,
     Delivered,
@@ -27,7 +30,7 @@ from trio_gateway._events import (
     TurnResumed,
     TurnSettled,
 )
-from trio_gateway._logs import QUEUE, escape, event_level, event_name, logging_to_stderr, secrets_in
+from trio_gateway._logs import QUEUE, event_level, event_name, logging_to_stderr, secrets_in
 from trio_gateway._markers import ResumeReason, TurnState
 from trio_gateway._messages import Delivery, ReplyKind, SessionKey
 
@@ -222,6 +225,72 @@ def test_what_cannot_be_told_does_not_end_the_log() -> None:
         first, second = records(pipe.read())
     assert (first["event"], first["about"]) == ("log_record_unreadable", "first")
     assert second["event"] == "second"
+
+
+def test_p14_a_process_that_cannot_import_any_more_still_tells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No descriptor is left to import what makes the lines; later there is one."""
+
+    def cannot(*_: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    reading, writing = os.pipe()
+    monkeypatch.setattr(_logs, "_console_chain", cannot)
+    with logging_to_stderr(LogLevel.INFO, LogFormat.CONSOLE, fd=writing) as log:
+        log.say("info", "first", who="ada\x1b[2J")
+        assert log.flush(5)
+        monkeypatch.undo()
+        log.say("info", "second")
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        first, second = pipe.read().splitlines()
+    assert records(first)[0]["event"] == "first"
+    assert "\\u001b[2J" in first
+    assert second.endswith("second")
+
+
+def test_p14_an_error_of_its_own_does_not_end_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with logging_to_stderr(LogLevel.INFO, LogFormat.JSON, fd=writing) as log:
+        assert log.flush(5)
+        with monkeypatch.context() as patch:
+            patch.setattr(_logs.Renderer, "line", lambda *_: 1 / 0)
+            log.say("info", "first")
+            assert not log.flush(0.2)
+        log.say("info", "second")
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = records(pipe.read())
+    assert told[0]["event"] == "log_dropped"
+    assert told[-1]["event"] == "second"
+
+
+# ----- a disk without room
+
+
+def test_p14_a_log_on_a_full_disk_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    """A file that may not grow is what a full disk is: for a while."""
+    program = (
+        "import resource\n"
+        "from trio_gateway._config import LogFormat, LogLevel\n"
+        "from trio_gateway._logs import logging_to_stderr\n"
+        "_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "def room(size): resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))\n"
+        "with logging_to_stderr(LogLevel.INFO, LogFormat.AUTO) as log:\n"
+        "    for event, size in ('first', hard), ('lost', 150), ('lost', 150), ('last', hard):\n"
+        "        room(size)\n"
+        "        log.say('info', event, filling='x' * 40)\n"
+        "        assert log.flush(20)\n"
+    )
+    with (tmp_path / "log").open("wb") as file:
+        done = subprocess.run([sys.executable, "-c", program], stderr=file, timeout=60, check=False)
+    assert done.returncode == 0
+    first, cut, dropped, last = (tmp_path / "log").read_text().splitlines()
+    assert records(first)[0]["event"] == "first"
+    assert len(first) + 1 + len(cut) == 150
+    assert (records(dropped)[0]["event"], records(dropped)[0]["count"]) == ("log_dropped", 2)
+    assert records(last)[0]["event"] == "last"
 
 
 # ----- a standard error that nobody reads

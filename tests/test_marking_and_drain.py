@@ -28,6 +28,7 @@ from trio_gateway._events import (
     MarkingFailed,
     SettleDelayed,
     StopRequested,
+    StoreTrouble,
     TurnInterrupted,
     TurnResumed,
     TurnSettled,
@@ -709,3 +710,105 @@ async def test_c16_the_reason_is_kept(
     if reason is not ResumeReason.CRASH:
         assert resumed.at == interrupted
     assert machine.log.of(TurnResumed)[0].interrupted_at == resumed.at
+
+
+# ----- found by seeded lives
+
+
+async def test_p04_p09_a_settle_that_failed_begins_nothing_when_the_stop_writes_it(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """A turn's end could not be written, and with it the begin of its session's next turn. The stop
+    writes that end; were the begin still in it, a turn would begin after the marking, unmarked, and
+    be charged with a crash that never was."""
+    agent = Script()
+    channel = MemoryChannel()
+    settings = Settings(grace=0.2, budget=10.0)
+    async with machine.boot(agent, channel, settings=settings):
+        await channel.receive("a", "m1", "first")
+        await channel.receive("a", "m2", "second")
+        await agent.wait_begun(1)
+        machine.on_commit = no_room
+        agent.release("a")
+        await machine.log.wait_for(SettleDelayed)
+        machine.on_commit = None
+    assert machine.fate("m1") == "answered"
+    assert machine.fate("m2") == "queued"
+    assert machine.markers() == {}
+
+
+def no_room(moment: str) -> None:
+    """A disk that is full."""
+    if moment == "before":
+        raise apsw.FullError("full (a test)")
+
+
+async def test_p05_who_answers_its_cancellation_with_its_reply_is_reported_settled(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    async def agent(turn: Turn) -> str:
+        with trio.CancelScope() as own:
+            own.shield = True
+            await trio.sleep(1)
+        return "at last"
+
+    settings = Settings(grace=0.5, budget=20.0)
+    async with machine.boot(agent, settings=settings) as gateway:
+        await gateway.accept(msg("a", "m1"))
+    report = report_of(gateway)
+    assert (report.settled, report.interrupted, report.timed_out) == ((1,), (), True)
+    assert machine.markers() == {}
+
+
+async def test_p10_a_stopped_turn_that_does_not_end_is_not_reported_to_resume(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    async def agent(turn: Turn) -> str:
+        with trio.CancelScope(shield=True):
+            await trio.sleep(30)
+        return "at last"
+
+    settings = Settings(grace=0.5, budget=5.0)
+    async with machine.boot(agent, settings=settings) as gateway:
+        await gateway.accept(msg("a", "m1"))
+        assert await gateway.stop_turn(msg("a", "m1").key)
+    assert report_of(gateway).unresponsive == report_of(gateway).interrupted == ()
+    assert machine.fate("m1") == "stopped"
+
+
+async def test_p10_a_turn_that_is_stopped_after_its_window_is_not_reported_to_resume(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """Its child has ended with the window; another turn's has not, and while that is waited for,
+    the first one's user says /stop."""
+
+    async def agent(turn: Turn) -> str:
+        with trio.CancelScope(shield=turn.session.name == "stubborn"):
+            await trio.sleep(100)
+        return "at last"
+
+    settings = Settings(grace=0.5, budget=10.0)
+    async with machine.boot(agent, settings=settings) as gateway:
+        await gateway.accept([msg("a", "m1"), msg("stubborn", "m2")])
+        gateway.request_stop()
+        await machine.log.wait_for(TurnInterrupted)
+        assert await gateway.stop_turn(msg("a", "m1").key)
+    assert (report_of(gateway).settled, report_of(gateway).unresponsive) == ((1,), (2,))
+    assert report_of(gateway).interrupted == ()
+
+
+async def test_p11_a_stop_does_not_wait_for_a_begin_that_cannot_be_written(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """It waits for its next try, seconds away; the stop has nothing to wait for."""
+    agent = Script()
+    async with machine.boot(agent, settings=Settings(limits=Limits(turns=1))) as gateway:
+        await gateway.accept([msg("a", "m1"), msg("b", "m2")])
+        await gateway.stop_turn(msg("a", "m1").key)
+        machine.on_commit = no_room
+        await machine.log.wait_for(StoreTrouble, 3)
+        machine.on_commit = None
+        began = trio.current_time()
+        gateway.request_stop()
+    assert trio.current_time() - began < 0.5
+    assert machine.fate("m2") == "queued"

@@ -178,6 +178,40 @@ async def test_c39_nothing_leaves_before_its_commit(
     assert len(channel.sent) == 1
 
 
+async def test_p07_what_is_committed_at_one_moment_leaves_in_that_order(
+    machine: Machine, autojump_clock: MockClock
+) -> None:
+    """A turn speaks, and its user says something to the gateway, at the same time: whoever was
+    written first is heard first. Nobody is to read "Stopped." and then what was said before."""
+    gate = trio.Event()
+
+    async def agent(turn: Turn) -> str:
+        await gate.wait()
+        await turn.say("said")
+        return "answered"
+
+    sessions = [f"s{n}" for n in range(100)]
+    channel = Platform()
+    async with machine.boot(agent, channel) as gateway:
+        await gateway.accept([to(name, f"m-{name}") for name in sessions])
+        await trio.testing.wait_all_tasks_blocked()
+        gate.set()
+        async with trio.open_nursery() as nursery:
+            for name in sessions:
+                nursery.start_soon(gateway.accept, to(name, f"s-{name}", "/status"))
+        await gateway.wait_idle()
+    committed: dict[str, list[str]] = {name: [] for name in sessions}
+    for name, key in machine.rows(
+        "SELECT session.name, key FROM delivery JOIN session ON session.id = delivery.session"
+        " ORDER BY delivery.id"
+    ):
+        committed[name].append(key)
+    heard: dict[str, list[str]] = {name: [] for name in sessions}
+    for delivery in channel.sent:
+        heard[delivery.session.name].append(delivery.key)
+    assert heard == committed
+
+
 # ----- c40: parts
 
 

@@ -685,3 +685,34 @@ async def test_c31_p13_who_asks_for_a_restart_settles_first_and_does_not_ask_aga
     begun = [event.session.name for event in machine.log.of(TurnBegun)]
     assert sorted(begun) == ["asks", "beside", "beside"]
     assert machine.rows("SELECT max(crashes) FROM turn") == [(int(killed),)]
+
+
+@pytest.mark.parametrize("settles", [False, True])
+async def test_p13_a_full_disk_does_not_make_a_turn_ask_for_a_restart_at_every_boot(
+    machine: Machine, autojump_clock: MockClock, settles: bool
+) -> None:
+    """That it has asked is on disk before the gateway restarts for it; or it has settled."""
+    began: list[int] = []
+
+    async def asks(turn: Turn) -> str:
+        began.append(turn.attempt)
+        turn.request_restart()
+        await trio.sleep(0 if settles else 600)
+        return "restarted"
+
+    def full(moment: str) -> None:
+        if moment == "before":
+            machine.on_commit = None
+            raise apsw.FullError("full (a test)")
+
+    settings = Settings(grace=0.0, budget=20.0)
+    async with machine.boot(asks, settings=settings) as gateway:
+        await gateway.accept(msg("asks", "m1"))
+        machine.on_commit = full
+        await gateway.wait_stop_requested()
+        assert gateway.stop_reason is ResumeReason.RESTART
+    async with machine.boot(asks, settings=settings) as gateway:
+        await gateway.wait_idle()
+        assert gateway.stop_reason is None
+    assert machine.fate("m1") == "answered"
+    assert began == ([1] if settles else [1, 2])

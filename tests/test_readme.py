@@ -213,9 +213,10 @@ def test_the_program_runs(house: Path) -> None:
 
 
 def test_the_page_on_testing_tests(tmp_path: Path) -> None:
-    agent, crash, _ = blocks("python", (ROOT / "docs/testing.md").read_text())
+    agent, crash, seeded, _ = blocks("python", (ROOT / "docs/testing.md").read_text())
     (tmp_path / "test_agent.py").write_text(agent)
     (tmp_path / "test_crash.py").write_text(crash)
+    (tmp_path / "test_seeded.py").write_text(seeded)
     (tmp_path / "pytest.ini").write_text("[pytest]\ntrio_mode = true\n")
 
     done = subprocess.run(
@@ -228,7 +229,7 @@ def test_the_page_on_testing_tests(tmp_path: Path) -> None:
         check=False,
     )
 
-    assert "2 passed" in done.stdout, done.stdout
+    assert "4 passed" in done.stdout, done.stdout
 
 
 # ----- links, and the pages behind them

@@ -37,8 +37,9 @@ from trio_gateway._events import (
     TurnSettled,
 )
 from trio_gateway._policy import REPLACED
-from trio_gateway.store import Begin, Begun, edit_store
-from trio_gateway.testing import MemoryChannel
+from trio_gateway._sessions import Sessions
+from trio_gateway.store import Begin, Begun, SqliteStore, edit_store
+from trio_gateway.testing import MemoryChannel, check_invariants
 
 # ----- order and slots
 
@@ -175,6 +176,71 @@ async def test_p02_an_idle_session_costs_no_memory(
         await gateway.wait_idle()
         settled_well(gateway)
     assert len(channel.sent) == 250
+
+
+async def test_p02_begins_that_find_nothing_forget_no_mail(
+    machine: Machine, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a begin did not find may have been committed just after it, also twice in a row."""
+    agent = Script()
+    async with machine.boot(agent, settings=Settings(grace=1.0, budget=10.0)) as gateway:
+        await gateway.accept(msg("a", "m1"))
+        gateway.request_stop()
+        await gateway.accept(msg("b", "m2"))
+    agent.release()
+    real, too_early = SqliteStore.begin, [1, 2, 3]
+
+    async def begin(store: SqliteStore, request: Begin) -> Begun:
+        if too_early:
+            too_early.pop()
+            await trio.lowlevel.checkpoint()
+            return Begun(None)
+        return await real(store, request)
+
+    monkeypatch.setattr(SqliteStore, "begin", begin)
+    async with machine.boot(agent) as gateway:
+        with trio.fail_after(60):
+            await gateway.wait_idle()
+    assert not too_early
+    assert machine.fate("m2") == "answered"
+
+
+def test_p02_the_count_of_waiting_mail_is_right_in_whatever_order_it_is_heard() -> None:
+    """A turn may be heard to have taken a message before it is heard that it waits."""
+    sessions = Sessions(10, lambda _: True, collect=False)
+    session = sessions.get(SessionKey("jsonl", "a"))
+    for change in (-1, +1, -3, +1, +2):
+        sessions.queue(session, change)
+    assert session.queued == 0
+
+
+async def test_p02_turns_that_take_their_mail_are_not_overtaken(memory_path: Path) -> None:
+    """Real threads, and people who write and stop faster than they are answered: for a second."""
+    dice = random.Random(1)
+
+    async def agent(turn: Turn) -> str:
+        if turn.text == "takes":
+            with trio.move_on_after(0.005):
+                async for _ in turn.arrivals():
+                    continue
+        return turn.text
+
+    async def talk(gateway: Gateway, session: str) -> None:
+        for number in range(100):
+            texts = dice.choices(["takes", "hello", "hello", "/stop"], k=dice.choice([1, 1, 2, 3]))
+            batch = [msg(session, f"{session}-{number}-{n}", t) for n, t in enumerate(texts)]
+            await gateway.accept(batch)
+            await trio.sleep(dice.random() * 0.004)
+
+    path = memory_path / "gateway.db"
+    async with open_gateway(agent, store=path, settings=Settings(busy=Busy.STEER)) as gateway:
+        async with trio.open_nursery() as nursery:
+            for number in range(12):
+                nursery.start_soon(talk, gateway, f"s{number}")
+        with trio.fail_after(PATIENCE):
+            await gateway.wait_idle()
+        settled_well(gateway)
+    check_invariants(path, settled=True)
 
 
 # ----- busy policies

@@ -244,6 +244,38 @@ def test_a_stop_without_a_signal_is_timed_too() -> None:
     assert house.marks[0][0] is ResumeReason.RESTART
 
 
+def test_p11_a_desk_that_stumbles_keeps_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No room for one more thread, no memory: the stop is timed all the same, to its very end."""
+
+    class PoorHouse(NotingHouse):
+        def mark(self, reason: ResumeReason, timeout: float) -> int | None:
+            super().mark(reason, timeout)
+            raise MemoryError
+
+    def no_thread(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to start watchdog thread")
+
+    def leave(code: int) -> None:
+        left.append(code)
+        gone.set()
+        signals._fuse.lit_at = None  # so that the desk, which is not gone, does not leave again
+
+    left: list[int] = []
+    gone = threading.Event()
+    monkeypatch.setattr("faulthandler.dump_traceback_later", no_thread)
+    monkeypatch.setattr(os, "_exit", leave)
+    house = PoorHouse()
+    with desk(plan_stop(grace=0.2, budget=0.6)) as signals:
+
+        async def main() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert gone.wait(5), "the loop is blocked here; only the desk can act"
+
+        signals.run(house, main)
+    assert left == [1]
+    assert len(house.marks) == 2
+
+
 def test_the_plan_may_come_late() -> None:
     with desk() as signals:
         signals.arm(ResumeReason.SHUTDOWN, "a test")
@@ -336,6 +368,8 @@ def test_stopping_is_told_when_marking_failed(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
 def test_more_time_is_asked_for_only_while_turns_settle_in_a_stop() -> None:
     with supervised(f"@trio-gateway-{os.getpid()}") as (supervisor, server):
+        supervisor.ready()
+        heard(server)
         supervisor.hear(SETTLED, lambda: 5.0)
         assert heard(server) == []
         supervisor.hear(REQUESTED, lambda: 5.0)

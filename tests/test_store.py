@@ -678,6 +678,7 @@ BY_A_PERSON = {
     "list_sessions": "the newest of all sessions, on a terminal",
     "sessions_named": "a session by half of its name, on a terminal",
     "find_message": "a message by half of its name, on a terminal",
+    "list_astray": "every message, for the doctor",
     "newest_turn": "the end of the table, once at boot",
     "last_ending": "the end of the table, once at boot",
     "store_id": "a table of one row",

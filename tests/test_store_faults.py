@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import apsw
 import pytest
 import trio
-from faulty_disk import KINDS, Disk, Fault
 from helpers import Log, Script, msg, rows
 from trio.testing import MockClock
 from worlds import (
@@ -18,9 +17,9 @@ from worlds import (
     boot,
     exactly_the_interrupted_resumed,
     open_turns,
-    sound_at_death,
 )
 
+from proof._disk import Disk, Fault
 from trio_gateway import (
     Event,
     Limits,
@@ -29,8 +28,10 @@ from trio_gateway import (
     Settings,
     StoreError,
     StoreFull,
+    StoreInUse,
     StoreIOError,
     Turn,
+    open_gateway,
 )
 from trio_gateway._events import GatewayFailed, SettleDelayed, StoreTrouble
 from trio_gateway.store import _writer, open_store
@@ -39,7 +40,6 @@ from trio_gateway.testing import (
     GatewayOpener,
     Life,
     MemoryChannel,
-    Scenario,
     World,
     check_invariants,
     die,
@@ -68,12 +68,15 @@ async def test_p14_a_message_that_cannot_be_written_is_not_accepted_and_can_come
     error: type[StoreError],
     words: str,
 ) -> None:
-    async with open_test_gateway(Script(open=True)) as gateway:
+    log = Log()
+    async with open_test_gateway(Script(open=True), listen=log) as gateway:
         first = await gateway.ask(msg("ada", "m1"))
         disk.fault = Fault(f"{kind} for ever")
         with pytest.raises(error, match=words) as caught:
             await gateway.accept(msg("ada", "m2"))
         assert caught.value.retryable
+        (told,) = log.of(StoreTrouble)
+        assert (told.operation, told.error) == ("accept", str(caught.value))
         assert gateway.statistics()["messages_open"] == 0
         disk.fault = None
         assert (await gateway.accept(msg("ada", "m2"))).status is ReceiptStatus.ACCEPTED
@@ -211,6 +214,46 @@ async def test_a_checkpoint_of_the_wal_that_fails_harms_nobody(
     assert rows(open_test_gateway.store, "SELECT count(*) FROM message") == [(6,)]
 
 
+@pytest.mark.parametrize("where", ["_gather", "commit", "checkpoint_if_due"])
+def test_p11_a_writer_that_dies_ends_the_run_and_keeps_nobody_waiting(
+    memory_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """No memory for the thread that writes: everybody would wait for it for ever."""
+    of = _writer.ThreadWriter if where == "_gather" else _writer._Transactions
+    real = getattr(of, where)
+    dying = False
+
+    def fall_over(self: object, *args: object) -> object:
+        if dying:
+            raise MemoryError
+        return real(self, *args)
+
+    monkeypatch.setattr(of, where, fall_over)
+    path = memory_path / "gateway.db"
+    told: list[StoreError] = []
+
+    async def main() -> None:
+        nonlocal dying
+        async with open_gateway(Script(open=True), store=path) as gateway:
+            await gateway.ask(msg("ada", "m1"))
+            dying = True
+            try:
+                await gateway.accept(msg("ada", "m2"))
+                await gateway.accept(msg("ada", "m3"))
+            except StoreError as error:
+                told.append(error)
+            await trio.sleep(20)
+            raise AssertionError("it goes on, and nobody writes")
+
+    with pytest.raises(trio.TrioInternalError) as caught:
+        trio.run(main)
+    assert isinstance(cause := caught.value.__cause__, BaseExceptionGroup)
+    assert cause.subgroup(MemoryError)
+    assert told or where != "commit"  # elsewhere, what was handed in is answered
+    check_invariants(path)
+    assert rows(path, "SELECT state FROM message WHERE id = 'm1'") == [("answered",)]
+
+
 def test_p14_real_limits_of_the_kernel_are_told_and_survived(memory_path: Path) -> None:
     """RLIMIT_FSIZE: the kernel itself refuses to write, until it is lifted."""
 
@@ -230,6 +273,66 @@ def test_p14_real_limits_of_the_kernel_are_told_and_survived(memory_path: Path) 
     world = World(memory_path)
     assert not live(scenario, world)
     check_invariants(world.store, settled=True)
+
+
+async def test_p14_a_full_disk_has_no_room_for_the_number_of_who_holds_the_lock(
+    memory_path: Path, disk: Disk
+) -> None:
+    disk.fault = Fault("full", only=lambda operation, file: "lock" in file and operation == "write")
+    async with open_store(memory_path / "gateway.db"):
+        assert disk.fault.reached
+        with pytest.raises(StoreInUse, match="another process") as caught:
+            async with open_store(memory_path / "gateway.db"):
+                raise AssertionError("opened twice")
+    assert caught.value.pid is None
+
+
+async def test_p14_a_file_system_that_cannot_lock_is_named(memory_path: Path, disk: Disk) -> None:
+    disk.fault = Fault("eio", only=lambda operation, file: "lock file" in file)
+    with pytest.raises(StoreIOError, match=r"gateway\.db\.lock cannot be locked"):
+        async with open_store(memory_path / "gateway.db"):
+            raise AssertionError("opened")
+    async with open_store(memory_path / "gateway.db"):
+        pass  # it was let go
+
+
+@pytest.mark.parametrize("kind", ["eio", "eio for ever"])
+@pytest.mark.parametrize("at", range(1, 13))
+async def test_p14_a_disk_that_fails_while_a_store_is_made_is_what_is_told(
+    memory_path: Path, disk: Disk, at: int, kind: str
+) -> None:
+    """Each write, sync and deletion on the way to a new store; what the lock file says is not on
+    it."""
+    store = memory_path / "gateway.db"
+    disk.fault = Fault(kind, at, only=lambda what, file: what in CHANGES and "lock" not in file)
+    with pytest.raises(StoreIOError, match=r"gateway\.db: the disk failed") as caught:
+        async with open_store(store) as opened:
+            await opened.recover()
+    assert "rollback" not in str(caught.value)
+    disk.fault = None
+    async with open_store(store) as opened:
+        await opened.recover()
+        assert store.with_name("gateway.db-wal").exists()
+    check_invariants(store)
+
+
+async def test_p14_a_step_that_cannot_be_written_at_once_is_told(
+    open_test_gateway: GatewayOpener, disk: Disk, autojump_clock: MockClock
+) -> None:
+    log = Log()
+
+    async def charge() -> str:
+        disk.fault = Fault("full")
+        return "receipt"
+
+    async def agent(turn: Turn) -> str:
+        return await turn.step(charge)
+
+    async with open_test_gateway(agent, listen=log) as gateway:
+        (reply,) = await gateway.ask(msg("ada", "m1"))
+    assert reply.text == "receipt"
+    (told,) = log.of(StoreTrouble)
+    assert "make room" in told.error
 
 
 # ----- a commit whose outcome is unknown
@@ -299,7 +402,7 @@ def fail() -> None:
     raise apsw.IOError("EIO (a test)")
 
 
-# ----- every operation of the disk, failing
+# ----- lives on such a disk; `proof/disk.py` fails every operation of one
 
 
 async def echo(life: Life, turn: Turn) -> str:
@@ -338,20 +441,7 @@ async def with_errors(life: Life) -> None:
             await trio.sleep(1)
 
 
-def life_on(make_fault: Callable[[], Fault]) -> Scenario:
-    """A life on a disk with a fault. If that is for ever, somebody kills the process in the end."""
-
-    async def scenario(life: Life) -> None:
-        with Disk() as disk:
-            disk.fault = fault = make_fault()
-            with trio.move_on_after(10) as scope:
-                await with_errors(life)
-            if not fault.reached:
-                life.world.note("calm")
-            elif scope.cancelled_caught:
-                die()
-
-    return scenario
+CHANGES = ("write", "sync", "truncate", "delete")
 
 
 @pytest.mark.parametrize("at", range(1, 13))
@@ -360,7 +450,7 @@ def test_a_store_whose_maker_died_while_making_it_is_made_by_the_next(
 ) -> None:
     async def half_made(life: Life) -> None:
         with Disk() as disk:
-            disk.fault = Fault("power", at)
+            disk.fault = Fault("power", at, only=lambda operation, _: operation in CHANGES)
             with pytest.raises(StoreError):
                 async with open_store(life.world.store):
                     raise AssertionError("opened")
@@ -370,33 +460,3 @@ def test_a_store_whose_maker_died_while_making_it_is_made_by_the_next(
     assert live(half_made, world)
     assert not live(calm, world, number=2, virtual_time=True)
     all_ended(world)
-
-
-ONCE = ("eio", "full", "read")
-"""Faults that a life gets over by itself."""
-
-
-def sweep(memory_path: Path, kind: str, every: int) -> int:
-    """Fail every so many-th operation, one world each; how many operations there were."""
-    at = 0
-    while True:
-        at += every
-        world = World(memory_path / f"{at}")
-        world.folder.mkdir()
-        killed = live(life_on(lambda: Fault(kind, at)), world, virtual_time=True)  # noqa: B023
-        if "calm" in world.notes:
-            return at - every
-        assert not (killed and kind in ONCE), f"one {kind}, at operation {at}, was never got over"
-        sound_at_death(world)
-        assert not live(calm, world, number=2, virtual_time=True)
-        all_ended(world)
-        answered_once(world, "m1", "m2", "m3")
-        exactly_the_interrupted_resumed(world)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_p01_p05_p06_p14_a_disk_that_fails_loses_and_doubles_nothing(
-    kind: str, memory_path: Path
-) -> None:
-    """Some operations of each; `nox -s crash` goes through all of them."""
-    assert sweep(memory_path, kind, every=11) > 30

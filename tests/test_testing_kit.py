@@ -526,7 +526,7 @@ BREAKS = {
     "UPDATE delivery SET kind = 'apology' WHERE final": "settles with an answer",
     "UPDATE delivery SET turn = (SELECT max(id) FROM turn) WHERE final": "final reply",
     "UPDATE delivery SET parts = 2": "all its parts",
-    "UPDATE delivery SET state = 'pending', delivered_at = NULL WHERE id = 1": "arrive in order",
+    "UPDATE delivery SET state = 'pending', delivered_at = NULL WHERE id = 1": "arrives in order",
     "UPDATE delivery SET state = 'gone'": "known state",
     "INSERT INTO step VALUES (99, 's', 'done', 'safe', NULL, 1, 1, 1)": "has a result",
 }
@@ -547,6 +547,27 @@ async def test_the_invariants_notice_what_is_broken(
     db.close()
     with pytest.raises(AssertionError, match=words):
         check_invariants(path)
+
+
+@pytest.mark.parametrize("back", [0, 3600])
+async def test_a_retry_that_is_stopped_breaks_no_invariant_whatever_the_wall_clock_says(
+    back: int,
+    open_test_gateway: GatewayOpener,
+    memory_channel: MemoryChannel,
+    gateway_store: Path,
+    virtual_clock: VirtualClock,
+    autojump_clock: MockClock,
+) -> None:
+    async def agent(turn: Turn) -> str:
+        raise ValueError(turn.text)
+
+    async with open_test_gateway(agent) as gateway:
+        await memory_channel.receive("ada", "m1", "hello")
+        await gateway.wait_idle()
+        virtual_clock.jump(timedelta(seconds=-back))
+        again = memory_channel.message("ada", "m2", "/retry")
+        await memory_channel.receive_all(again, memory_channel.message("ada", "m3", "/stop"))
+    check_invariants(gateway_store, settled=True)
 
 
 # ----- the plugin

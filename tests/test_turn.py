@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -737,6 +739,49 @@ async def test_draining_is_seen_by_agents(machine: Machine, autojump_clock: Mock
         began = trio.current_time()
     assert seen == [("RESUME_PENDING", began)]
     assert machine.said() == ["in time"]
+
+
+# ----- afterwards
+
+
+@pytest.mark.parametrize("end", ["answers", "fails", "is stopped"])
+async def test_a_turn_that_is_over_leaves_nothing_to_the_collector(
+    machine: Machine, autojump_clock: MockClock, end: str
+) -> None:
+    """A busy process asks its collector rarely; until then a circle keeps all of its objects."""
+    turns: list[weakref.ref[Turn]] = []
+
+    async def think() -> str:
+        return "a thought"
+
+    async def agent(turn: Turn) -> str:
+        turns.append(weakref.ref(turn))
+        await turn.step(think)
+        await turn.step(think, effect="unsafe")
+        await turn.checkpoint({"so": "far"})
+        await turn.say("on it")
+        await turn.history()
+        if end == "fails":
+            raise ValueError(turn.text)
+        if end == "is stopped":
+            await trio.sleep_forever()
+        return "done"
+
+    async with machine.boot(agent) as gateway:
+        gc.collect()
+        gc.disable()
+        try:
+            for number in range(5):
+                await gateway.accept(msg("a", f"m{number}"))
+                await trio.sleep(1)
+                await gateway.accept(msg("a", f"s{number}", "/stop"))
+                await gateway.wait_idle()
+            await trio.sleep(1)
+            left = sum(turn() is not None for turn in turns)
+        finally:
+            gc.enable()
+    assert len(turns) == 5
+    assert left <= 1  # the last one may still be in somebody's hands
 
 
 # ----- checkpoints

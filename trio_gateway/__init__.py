@@ -27,7 +27,7 @@ from ._errors import (
     Undeliverable,
 )
 from ._events import DrainReport, Event
-from ._gateway import Gateway, GatewayState, open_gateway
+from ._gateway import Gateway, GatewayState, Question, open_gateway
 from ._inbox import Authorize
 from ._markers import TRANSITIONS, Action, Marker, ResumeReason, TurnState
 from ._messages import (
@@ -39,6 +39,7 @@ from ._messages import (
     Message,
     Receipt,
     ReceiptStatus,
+    RefusalKind,
     Reply,
     ReplyKind,
     SessionKey,
@@ -84,8 +85,10 @@ __all__ = [
     "Message",
     "NotFound",
     "PlainAgent",
+    "Question",
     "Receipt",
     "ReceiptStatus",
+    "RefusalKind",
     "Refused",
     "Reply",
     "ReplyKind",

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
-from ._errors import AgentNotUsable, ConfigError, GatewayError
-from ._logs import escape, redact, secrets_in
+from ._errors import AgentNotUsable, ConfigError, GatewayError, escape
+from ._logs import redact, secrets_in
 from ._signals import SignalDesk
 from .channels._fds import keep_standard_fds
 

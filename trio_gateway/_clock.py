@@ -45,15 +45,29 @@ class SystemClock:
 
     def __init__(self) -> None:
         self._machine = _machine()
+        self._ahead = _ahead_of_machine_ns()
 
     def now(self) -> Instant:
         """This moment, by CLOCK_REALTIME and CLOCK_BOOTTIME."""
-        return Instant(time.time_ns() // 1000, _uptime_ns() // 1000, self._machine)
+        up = _uptime_ns() - self._ahead
+        return Instant(time.time_ns() // 1000, up // 1000, self._machine)
 
 
 def _uptime_ns() -> int:
     # CLOCK_BOOTTIME goes on while the machine sleeps; it is Linux's.
     return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _ahead_of_machine_ns() -> int:
+    """By how much the uptime that this process is shown is not the machine's: a container may have
+    a time namespace of its own, and the next one another."""
+    try:
+        text = Path("/proc/self/timens_offsets").read_text("ascii")
+        found = {name: (int(s), int(ns)) for name, s, ns in map(str.split, text.splitlines())}
+        seconds, nanoseconds = found["boottime"]
+    except (OSError, ValueError, KeyError):
+        return 0
+    return seconds * 1_000_000_000 + nanoseconds
 
 
 def _machine() -> str:
@@ -68,7 +82,8 @@ def as_datetime(microseconds: int) -> datetime:
     try:
         return _EPOCH + timedelta(microseconds=microseconds)
     except OverflowError:
-        return datetime.max.replace(tzinfo=UTC)
+        edge = datetime.min if microseconds < 0 else datetime.max
+        return edge.replace(tzinfo=UTC)
 
 
 def as_microseconds(moment: datetime) -> int:

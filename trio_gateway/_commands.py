@@ -13,12 +13,23 @@ from typing import Annotated, Final, TypeVar
 from cyclopts import App, CycloptsError, Parameter
 
 from . import _views
+from ._activation import listen_fds
+from ._allowance import named_unit
 from ._cli import EXIT_CONFIG, UsageError
-from ._config import DEFAULT, Config, Given, LogLevel, load_config, parse_duration
-from ._errors import ConfigError, NotFound, StoreError
+from ._config import DEFAULT, Config, Given, HttpConfig, LogLevel, load_config, parse_duration
+from ._errors import ConfigError, GatewayError, NotFound, StoreCorrupt, StoreError
 from ._signals import SignalDesk
 from .channels import Channel
-from .store import DeadLetter, Ledger, QuarantineRow, StoreReader, edit_store, read_store
+from .http import read_token, token_path
+from .store import (
+    SENSELESS,
+    DeadLetter,
+    Ledger,
+    QuarantineRow,
+    StoreReader,
+    edit_store,
+    read_store,
+)
 
 T = TypeVar("T")
 
@@ -39,6 +50,9 @@ StoreOption = Annotated[
 JsonOption = Annotated[bool, Parameter("--json", help="One JSON document instead.")]
 LimitOption = Annotated[int, Parameter("--limit", help="How many at the most, newest first.")]
 AllOption = Annotated[bool, Parameter("--all", help="All of them.")]
+UserOption = Annotated[
+    bool, Parameter("--user", help="Of your own systemd, instead of the machine's.")
+]
 DurationOption = Annotated[str | None, Parameter(validator=_is_duration)]
 
 app: Final = App(
@@ -52,7 +66,8 @@ sessions_app: Final = App(name="sessions", help="Look at conversations.")
 quarantine_app: Final = App(name="quarantine", help="Turns that kept killing the process.")
 letters_app: Final = App(name="dead-letters", help="Replies that could not be delivered.")
 config_app: Final = App(name="config", help="Look at the configuration.")
-for _group in (sessions_app, quarantine_app, letters_app, config_app):
+install_app: Final = App(name="install", help="Make a gateway a service of this machine.")
+for _group in (sessions_app, quarantine_app, letters_app, config_app, install_app):
     app.command(_group)
 
 
@@ -80,6 +95,10 @@ def _reading(store: Path | None, config: Path | None) -> Generator[StoreReader]:
         yield reader
     except StoreError as error:
         raise type(error)(f"{path}: {error}; see trio-gateway doctor") from error
+    except SENSELESS as error:
+        if isinstance(error, GatewayError):
+            raise
+        raise StoreCorrupt(f"{path}: a row makes no sense ({error})") from error
     finally:
         reader.close()
 
@@ -95,6 +114,7 @@ def run(
     config: ConfigOption = None,
     store: StoreOption = None,
     jsonl: bool = False,
+    http: str | None = None,
     session: str | None = None,
     grace: DurationOption = None,
     budget: DurationOption = None,
@@ -113,6 +133,8 @@ def run(
         Where the agent is: bot.py:agent, or package.module:agent.
     jsonl
         Speak JSON lines on standard input and output.
+    http
+        Serve HTTP at host:port, like 127.0.0.1:8080.
     session
         The conversation to open in the terminal.
     grace
@@ -127,23 +149,24 @@ def run(
         "drain.grace": grace,
         "drain.budget": budget,
         "log.level": log_level,
+        "channels.http.bind": http,
     }
     told = load_config(config, os.environ, _given(options))
-    return _host(agent, told, _channel(told, jsonl=jsonl, session=session), signals)
+    return _host(agent, told, _channels(told, jsonl=jsonl, session=session), signals)
 
 
-def _host(agent: str, told: Config, channel: Channel, signals: SignalDesk) -> int:
+def _host(agent: str, told: Config, channels: Sequence[Channel], signals: SignalDesk) -> int:
     from ._host import host
     from ._loader import load_agent
     from ._logs import logging_to_stderr
 
-    with logging_to_stderr(_log_level(told, channel), told.sections.log.format) as log:
+    with logging_to_stderr(_log_level(told, channels), told.sections.log.format) as log:
         for warning in told.warnings():
             log.say("warning", "configuration", warning=warning)
         return host(
             load_agent(agent),
             store=told.sections.store.path,
-            channels=[channel],
+            channels=channels,
             settings=told.settings(),
             log=log,
             signals=signals,
@@ -155,6 +178,7 @@ _OPTIONS: Final = {
     "drain.grace": "--grace",
     "drain.budget": "--budget",
     "log.level": "--log-level",
+    "channels.http.bind": "--http",
 }
 
 
@@ -166,8 +190,31 @@ def _given(options: dict[str, str | None]) -> list[Given]:
     ]
 
 
+def _channels(config: Config, *, jsonl: bool, session: str | None) -> Sequence[Channel]:
+    """What the command line asks for, else what the configuration does, else the console."""
+    told = config.sections.channels
+    if told.http is None:
+        return [_channel(config, jsonl=jsonl, session=session)]
+    talks = jsonl or session is not None or told.jsonl is not None or told.console is not None
+    door = _http_channel(config, told.http)
+    return [door, _channel(config, jsonl=jsonl, session=session)] if talks else [door]
+
+
+def _http_channel(config: Config, told: HttpConfig) -> Channel:
+    from .http import HttpChannel
+    from .http._hooks import read_secret
+    from .http._wire import open_sockets
+
+    token = read_token(told.token or token_path(config.sections.store.path.absolute()))
+    # Here, and not when it serves: what cannot be listened at is a configuration that is wrong.
+    passed = [one for several in listen_fds().values() for one in several]
+    sockets = passed or open_sockets(told.bind)
+    secret = None if told.hook_secret is None else read_secret(told.hook_secret)
+    return HttpChannel(told.settings(), token=token, hook_secret=secret, sockets=sockets)
+
+
 def _channel(config: Config, *, jsonl: bool, session: str | None) -> Channel:
-    """The channel that the command line asks for, else the configuration's, else the console."""
+    """The channel on standard input and output."""
     told = config.sections.channels
     if jsonl or (told.jsonl is not None and session is None):
         if session is not None:
@@ -185,12 +232,23 @@ def _channel(config: Config, *, jsonl: bool, session: str | None) -> Channel:
     return ConsoleChannel(session=named.removeprefix(f"{ConsoleChannel.name}:"))
 
 
-def _log_level(config: Config, channel: Channel) -> LogLevel:
+def _log_level(config: Config, channels: Sequence[Channel]) -> LogLevel:
     level = config.sections.log.level
-    talks = channel.name == "console" and sys.stderr is not None and sys.stderr.isatty()
+    names = [channel.name for channel in channels]
+    talks = "console" in names and sys.stderr is not None and sys.stderr.isatty()
     # Nobody wants the gateway's diary between the lines of a conversation, unless they say so.
     quiet = talks and config.origin("log.level") == DEFAULT
     return LogLevel.WARNING if quiet else level
+
+
+@app.command
+def token(*, store: StoreOption = None, config: ConfigOption = None) -> None:
+    """Print the token that lets in over HTTP; it is made if there is none yet."""
+    told = load_config(config, os.environ)
+    http = told.sections.channels.http
+    named = None if http is None or store is not None else http.token
+    path = named or token_path((store or told.sections.store.path).absolute())
+    _views.Screen().line(read_token(path))
 
 
 # ----- sessions
@@ -379,6 +437,8 @@ def _change_turns(
     # One transaction for all of them: a store that is in use refuses all, not some.
     done = edit_store(path, lambda ledger: [(row, change(ledger, row.turn)) for row in rows])
     screen = _views.Screen()
+    if not done:
+        screen.listing(_views.quarantine(rows))
     for row, ids in done:
         names = ", ".join(map(_views.cell, ids)) or "none"
         screen.line(f"turn {row.turn} of {_views.cell(row.session)}: messages {names} {outcome}")
@@ -517,6 +577,8 @@ def _change_letters(
         rows = choose(reader.dead_letters())
     edit_store(path, lambda ledger: [change(ledger, row.delivery) for row in rows])
     screen = _views.Screen()
+    if not rows:
+        screen.listing(_views.dead_letters(rows))
     for row in rows:
         screen.line(f"delivery {row.delivery} to {_views.cell(row.session)} {outcome}")
 
@@ -568,16 +630,30 @@ def config_check(*, json: JsonOption = False, config: ConfigOption = None) -> in
 
 @app.command
 def doctor(
-    *, json: JsonOption = False, store: StoreOption = None, config: ConfigOption = None
+    *,
+    unit: str | None = None,
+    user: UserOption = False,
+    json: JsonOption = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
 ) -> int:
-    """Check the store, its lock, the disk, the permissions, and the deadlines of a stop.
+    """Check the store, its lock, the disk, the permissions, and what a stop may take.
 
     Exit code 1 if anything fails.
+
+    Parameters
+    ----------
+    unit
+        The systemd service to compare with; without it, that of the gateway that has the store.
     """
     from ._doctor import examine
 
     told = load_config(config, os.environ)
-    findings = examine(told, store or told.sections.store.path)
+    findings = examine(
+        told,
+        store or told.sections.store.path,
+        unit=None if unit is None else named_unit(unit, user=user),
+    )
     screen = _views.Screen()
     sick = any(finding.status == "fail" for finding in findings)
     if json:
@@ -585,6 +661,76 @@ def doctor(
     else:
         screen.listing(_views.findings(findings))
     return int(sick)
+
+
+@install_app.command(name="systemd")
+def install_systemd(
+    agent: str,
+    /,
+    *,
+    name: str | None = None,
+    user: UserOption = False,
+    account: Annotated[str | None, Parameter("--as")] = None,
+    http: str | None = None,
+    socket: bool = False,
+    credential: Annotated[list[str] | None, Parameter("--credential")] = None,
+    show: Annotated[bool, Parameter("--print", help="Print the units; write nothing.")] = False,
+    force: Annotated[bool, Parameter("--force", help="Overwrite what others wrote.")] = False,
+    store: StoreOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Write a systemd unit that hosts an agent, its deadlines derived from the configuration.
+
+    It is written as the machine's, for a user that systemd makes for it; the store is in /var/lib.
+
+    Parameters
+    ----------
+    agent
+        Where the agent is: bot.py:agent, or package.module:agent.
+    name
+        What the service is called; without it, like the agent's file.
+    account
+        The account whose rights it has, instead of a user that is made for it.
+    http
+        The address of the HTTP channel, like 127.0.0.1:8080.
+    socket
+        Let systemd open that address, so that a restart refuses no connection.
+    credential
+        A secret to hand to the service, as NAME:/path/of/file. May be repeated.
+    """
+    from . import _install
+
+    given = {"store.path": None if store is None else str(store)}
+    # The variables of this shell are not those of the service.
+    told = load_config(config, {}, _given(given))
+    service = _install.plan_service(
+        agent,
+        told,
+        name=name,
+        account=account,
+        user=user,
+        http=http or _http_address(told),
+        socket=socket,
+        credentials=credential or (),
+    )
+    units = service.units()
+    screen = _views.Screen()
+    if show:
+        screen.line("\n".join(units.values()).rstrip())
+        return
+    for path in _install.write_units(_install.unit_folder(user=user), units, force=force):
+        screen.line(f"wrote {path}")
+    for doubt in _install.doubts(service):
+        screen.line(f"warning: {doubt}")
+    screen.line("next:")
+    for line in _install.next_commands(service):
+        screen.line(f"  {line}")
+
+
+def _http_address(told: Config) -> str | None:
+    """Where the configuration has the HTTP channel listen, if it has one."""
+    bind = getattr(getattr(told.sections.channels, "http", None), "bind", None)
+    return None if bind is None else str(bind)
 
 
 @app.command

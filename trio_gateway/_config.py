@@ -28,6 +28,7 @@ from cattrs.errors import ClassValidationError, ForbiddenExtraKeysError
 from ._errors import ConfigError
 from ._policy import Busy, DeliveryRules, Limits, ResumeRules, plan_stop
 from ._settings import Settings
+from .http._settings import HttpSettings
 
 DEFAULT_FILE: Final = Path("gateway.toml")
 ENV_PREFIX: Final = "TRIO_GATEWAY_"
@@ -42,6 +43,8 @@ Budget = NewType("Budget", float)
 
 LONGEST: Final = timedelta(days=36_500)
 LARGEST: Final = 2**31 - 1
+DEEPEST: Final = 4
+"""Levels of a file that are looked at: no key is so deep, but `a.a.a.a` can go on for ever."""
 
 
 # ----- durations
@@ -158,11 +161,39 @@ class JsonlConfig:
 
 
 @attrs.frozen(kw_only=True)
+class HttpConfig:
+    """[channels.http]: programs and browsers, over HTTP. See `trio_gateway.http.HttpSettings`."""
+
+    bind: str = HttpSettings().bind
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    body_bytes: int = HttpSettings().body_bytes
+    header_time: float = HttpSettings().header_time
+    body_time: float = HttpSettings().body_time
+    send_time: float = HttpSettings().send_time
+    longest_wait: float = HttpSettings().longest_wait
+    heartbeat: float = HttpSettings().heartbeat
+    connections: int = HttpSettings().connections
+    per_peer: int = HttpSettings().per_peer
+    token: Path | None = None
+    """Where the token is; None: beside the store."""
+    hook_secret: Path | None = None
+    """Where the secret of webhooks is; None: there are none."""
+
+    def settings(self) -> HttpSettings:
+        """As the channel takes them."""
+        fields = attrs.asdict(self)
+        del fields["token"], fields["hook_secret"]
+        return HttpSettings(**fields)
+
+
+@attrs.frozen(kw_only=True)
 class ChannelsConfig:
     """[channels]: which channels to open; none named: the command line decides."""
 
     console: ConsoleConfig | None = None
     jsonl: JsonlConfig | None = None
+    http: HttpConfig | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -315,16 +346,19 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 (byte {error.start})") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        # Not only TOMLDecodeError: Python itself refuses to read a number of 5,000 digits.
         raise ConfigError(f"{file}: not TOML: {error}") from error
 
 
-def _paths(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _paths(
+    table: Mapping[str, Any], prefix: str = "", levels: int = DEEPEST
+) -> Iterator[tuple[str, Any]]:
     """Every key in a table, and in the tables within it, with dots between."""
     for name, value in table.items():
         yield f"{prefix}{name}", value
-        if (inner := _as_table(value)) is not None:
-            yield from _paths(inner, f"{prefix}{name}.")
+        if levels > 1 and (inner := _as_table(value)) is not None:
+            yield from _paths(inner, f"{prefix}{name}.", levels - 1)
 
 
 class _Text(str):
@@ -355,8 +389,13 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str
             given.append(Given(key=known[variable], text=text, origin=variable))
         else:
             hint = _did_you_mean_variable(variable, known)
-            problems.append(f"{variable}: unknown variable; {hint} (environment)")
+            problems.append(f"{_on_one_line(variable)}: unknown variable; {hint} (environment)")
     return given, problems
+
+
+def variables_in(environ: Mapping[str, str]) -> list[str]:
+    """The variables that set a key."""
+    return sorted({variable_of(key) for key in _keys(Sections)} & environ.keys())
 
 
 def _did_you_mean_variable(variable: str, known: Mapping[str, str]) -> str:
@@ -397,9 +436,15 @@ def _structure(
     except ClassValidationError as group:
         values = dict(_paths(table))
         return None, [
-            f"{path}: {_explain(error, values.get(path))} ({origins.get(path, file)})"
+            f"{_on_one_line(path)}: {_explain(error, values.get(path))} ({origins.get(path, file)})"
             for path, error in _problems(group, "")
         ]
+
+
+def _on_one_line(key: str) -> str:
+    """A key as it is told: whatever stands in it, one problem is one short line."""
+    told = key if len(key) <= 120 else f"{key[:119]}…"
+    return told if told.isprintable() else json.dumps(told)
 
 
 def _problems(group: ClassValidationError, prefix: str) -> Iterator[tuple[str, Exception]]:
@@ -447,7 +492,10 @@ def _as_toml(value: object) -> str:
     if isinstance(value, str | bool):
         text = json.dumps(value)
         return text if len(text) <= 80 else f"{text[:76]}..."
-    return str(value)[:80]
+    try:
+        return str(value)[:80]
+    except ValueError:
+        return "a number that is too long to be shown"
 
 
 def _contradictions(sections: Sections, origins: Mapping[str, str]) -> list[str]:
@@ -546,6 +594,15 @@ def _string(value: object, _: object) -> str:
     return str(value)
 
 
+def _strings(value: object, _: object) -> tuple[str, ...]:
+    if isinstance(value, _Text):
+        value = [part for part in value.split(",") if part]
+    given = cast("list[object]", value) if isinstance(value, list) else [None]
+    if not all(isinstance(one, str) and one for one in given):
+        raise ValueError('expected an array of strings, like ["chat.example"]')
+    return tuple(str(one) for one in given)
+
+
 def _path(value: object, _: object) -> Path:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError('expected a path like "gateway.db"')
@@ -581,6 +638,7 @@ def _make_converter() -> cattrs.Converter:
         (bool, _truth),
         (str, _string),
         (Path, _path),
+        (Path | None, _path),
         (Busy, _choice),
         (LogLevel, _choice),
         (LogFormat, _choice),
@@ -594,6 +652,7 @@ def _make_converter() -> cattrs.Converter:
     )
     for kind, hook in hooks:
         converter.register_structure_hook(kind, hook)
+    converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _strings)
     converter.register_unstructure_hook(float, lambda value: format_duration(_seconds(value)))
     converter.register_unstructure_hook(timedelta, format_duration)
     converter.register_unstructure_hook(Path, str)

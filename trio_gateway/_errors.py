@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+from json import JSONDecodeError
+from typing import Final, cast
+
+LONGEST: Final = 1000
+"""Characters of somebody else's words that are kept in an error, a log line or a row."""
 
 
 class GatewayError(Exception):
@@ -15,6 +22,20 @@ class InvalidInput(GatewayError, ValueError):
 
 class ConfigError(GatewayError):
     """The configuration cannot be used. A restart will not help: exit code 78."""
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Generator[None, None, None]:
+    """Around the imports of an optional part: what is not installed is one clear error."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("trio_gateway"):
+            raise
+        raise ConfigError(
+            f"{what} needs {error.name}, which is not installed:"
+            f' pip install "trio-gateway[{extra}]"'
+        ) from error
 
 
 class AgentNotUsable(GatewayError):
@@ -129,6 +150,16 @@ class NotFound(GatewayError, LookupError):
     """Nothing in the store goes by that name."""
 
 
+def parted(
+    error: BaseException | None, kind: type[BaseException]
+) -> tuple[BaseException | None, BaseException | None]:
+    """What in an error is of a kind, and the rest; also where it comes out of a nursery."""
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return group.split(kind)
+    return (error, None) if isinstance(error, kind) else (None, error)
+
+
 def unwrap(error: BaseException) -> BaseException:
     """What is alone inside groups of one; a group of several as it is."""
     if not isinstance(error, BaseExceptionGroup):
@@ -138,8 +169,60 @@ def unwrap(error: BaseException) -> BaseException:
     return unwrap(inside[0]) if len(inside) == 1 else group
 
 
+def shown(value: object) -> str:
+    """`repr(value)`, whatever it is: never fails, is never long, and has a place in UTF-8."""
+    try:
+        return _bounded(repr(value))
+    except Exception:
+        return f"<{type(value).__name__} that cannot be shown>"
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says, under the same conditions; what it is, where it says nothing."""
+    try:
+        return _bounded(str(error)) or type(error).__name__
+    except Exception:
+        return type(error).__name__
+
+
+def _bounded(text: str) -> str:
+    whole = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return whole.encode("utf-8", "backslashreplace").decode()
+
+
 def lone_cause(error: BaseException) -> str:
     """The first line of what went wrong, without the groups around it."""
     while isinstance(error, BaseExceptionGroup):
         error = cast("tuple[BaseException, ...]", error.exceptions)[0]
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (words_of(error).splitlines() or [type(error).__name__])[0]
+
+
+def unless_for_want_of_memory(error: BaseException) -> None:
+    """Raise `MemoryError` if that is all that an error of reading tells: what parsers and
+    validators make of it looks like damage, and what seems to be damaged is given up for good."""
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        for inner in group.exceptions:
+            unless_for_want_of_memory(inner)
+    elif isinstance(error, MemoryError) or (
+        isinstance(error, JSONDecodeError) and error.msg.startswith("Not enough memory")
+    ):
+        raise MemoryError(lone_cause(error)) from error
+
+
+# Control characters, the separators that some readers take for line ends, what turns the
+# direction of writing around, and what is no Unicode at all.
+_UNSAFE: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_SHORT_ESCAPES: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def escape(text: str) -> str:
+    """`text` on one line, with nothing in it that a terminal or a reader of lines obeys."""
+    return _UNSAFE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return _SHORT_ESCAPES.get(match[0]) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")

@@ -154,10 +154,27 @@ class ReplyCommitted(TurnEvent):
 
 @attrs.frozen(kw_only=True)
 class ProgressShown(TurnEvent):
-    """A turn said what it is doing; ephemeral."""
+    """A turn said what it is doing; ephemeral. `draft`: the text is how its next reply begins."""
 
     level = "debug"
     text: str
+    draft: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class AgentWrote(TurnEvent):
+    """The program that runs a turn (`agents.ProcessAgent`) wrote a line to its standard error."""
+
+    line: str
+
+
+@attrs.frozen(kw_only=True)
+class ModelDelayed(TurnEvent):
+    """A model server did not answer (`agents.OpenAIAgent`), and is asked again."""
+
+    level = "warning"
+    error: str
+    retry_in: float
 
 
 @attrs.frozen(kw_only=True)
@@ -218,6 +235,15 @@ class ChannelFailed(Event):
 
 
 @attrs.frozen(kw_only=True)
+class TurnsPaused(Event):
+    """Somebody asked that no turn begins for now (`paused`), or that turns begin again."""
+
+    level = "warning"
+    paused: bool
+    by: str
+
+
+@attrs.frozen(kw_only=True)
 class StopRequested(Event):
     """Somebody asked the gateway to stop."""
 
@@ -246,7 +272,8 @@ class DrainReport(Event):
     """What a stop did. Times are seconds; `phases` has one entry for each phase that ran.
 
     `settled`, `interrupted` and `unresponsive` are turns that were open when the stop began: their
-    ids. What is in the last two resumes at the next boot.
+    ids. What is in the last two resumes at the next boot, but for an end that was on its way to the
+    disk when the stop gave its turn up: the store knows, and the boot asks the store.
     """
 
     reason: ResumeReason

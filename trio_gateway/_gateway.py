@@ -15,20 +15,43 @@ a stop is ours to order, and marks before it cancels.
 from __future__ import annotations
 
 import os
+import random
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Sequence,
+)
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
 from datetime import timedelta
 from enum import Enum
-from typing import Any, Final, cast, overload
+from typing import Any, Final, TypeVar, cast, overload
 
+import attrs
 import trio
 from trio_util import AsyncBool, AsyncValue
 
 from . import _recovery, _shutdown
 from ._agents import Agent, opened
 from ._clock import Clock, SystemClock
-from ._errors import GatewayStopping, StoreClosed, StoreError, unwrap
+from ._errors import (
+    GatewayStopping,
+    InvalidInput,
+    NotFound,
+    StoreClosed,
+    StoreError,
+    shown,
+    unwrap,
+)
 from ._events import (
     DrainReport,
     Event,
@@ -37,9 +60,10 @@ from ._events import (
     StopRequested,
     StoreTrouble,
     TextsForgotten,
+    TurnsPaused,
     TurnUnresponsive,
 )
-from ._inbox import Authorize, ChannelIntake, Inbox, refused_error
+from ._inbox import Authorize, ChannelIntake, Inbox, as_text, refused_error
 from ._links import Links
 from ._markers import ResumeReason, TurnState
 from ._messages import (
@@ -53,14 +77,33 @@ from ._messages import (
     SessionKey,
 )
 from ._outbox import Outbox
-from ._policy import RESUMED_NOTICE, STOPPING_NOTICE, Busy, StopPlan, Verdict, plan_stop
+from ._policy import (
+    RESUMED_NOTICE,
+    STOPPING_NOTICE,
+    Busy,
+    StopPlan,
+    Verdict,
+    check_key,
+    check_limit,
+    plan_stop,
+    retry_delay,
+)
 from ._sessions import Sessions
 from ._settings import Settings
 from ._stream import EventStream
-from ._turns import Desk, Running, TurnInfo, Turns, Why, pending_end
-from ._waiters import Waiters
+from ._turns import RETRY_CAP, Desk, Running, TurnInfo, Turns, Why, pending_end
+from ._waiters import Asked, Outcome, Waiters
 from .channels import Channel
-from .store import MESSAGE_END, PendingTurn, Recovered, Settlement, SqliteStore, open_store
+from .store import (
+    MESSAGE_END,
+    Draft,
+    PendingTurn,
+    Recovered,
+    Settlement,
+    SqliteStore,
+    StoreReader,
+    open_store,
+)
 from .store._writer import no_tap
 
 TOUCH_EVERY: Final = 30.0
@@ -68,6 +111,8 @@ TOUCH_EVERY: Final = 30.0
 
 FORGET_EVERY: Final = 3600.0
 """Seconds between two rounds of retention."""
+
+T = TypeVar("T")
 
 _ENDS: Final = frozenset(MESSAGE_END.values())
 
@@ -130,6 +175,8 @@ class Gateway:
         """Called when turns did not end after they were cancelled, with everything written and the
         store closed: for a host that owns the process and can leave. Without it, leaving the block
         waits for those turns, as Trio does."""
+        for channel in channels:
+            channel.attach(self)
 
     # ----- for the host program
 
@@ -146,13 +193,15 @@ class Gateway:
         channel's cursor that covers them. Returns after the commit.
 
         Also while the gateway drains: such messages are answered after the next boot. Raises
-        `StoreError` if nothing could be written, and `InvalidInput` for a cursor that is no text;
-        nothing was accepted then. A cancellation counts only until the commit has begun.
+        `StoreError` if nothing could be written, and `InvalidInput` for what is no message or no
+        cursor; nothing was accepted then. A cancellation counts only until the commit has begun.
 
         A gateway that is closing refuses messages, and leaves the cursor where it was.
         """
         if isinstance(messages, Message):
             return (await self._inbox.accept((messages,), cursor))[0]
+        if not isinstance(messages, Iterable):
+            raise InvalidInput(f"expected a Message or several, got {type(messages).__name__}")
         return await self._inbox.accept(tuple(messages), cursor)
 
     async def ask(self, message: Message) -> tuple[Reply, ...]:
@@ -164,34 +213,77 @@ class Gateway:
         message is settled: it is kept, and is answered after the next boot. Cancelling the wait
         does not cancel the turn.
         """
-        with self._waiters.asking(message.channel, message.id) as ended:
-            receipt = await self.accept(message)
+        if not isinstance(message, Message):
+            raise InvalidInput(f"expected a Message, got {type(message).__name__}")
+        with self.question(message) as question:
+            receipt = await question.accept()
             if not receipt.accepted:
                 raise refused_error(receipt)
-            try:
-                return await self._answer(message, receipt, ended)
-            except StoreClosed:
-                raise GatewayStopping(
-                    f"the gateway stops; message {message.id!r} is kept: ask again after the boot"
-                ) from None
+            return (await question.outcome())[1]
 
-    async def _answer(
-        self, message: Message, receipt: Receipt, ended: trio.Event
-    ) -> tuple[Reply, ...]:
-        if receipt.status is ReceiptStatus.DUPLICATE:
-            state, replies = await self._store.replies_to(message.channel, message.id)
-            if state in _ENDS:
-                return replies
-        await ended.wait()
-        return (await self._store.replies_to(message.channel, message.id))[1]
+    @contextmanager
+    def question(self, message: Message) -> Generator[Question, None, None]:
+        """`ask` in two steps, for who has something to do between them:
+
+        with gateway.question(message) as question:
+            receipt = await question.accept()
+            state, replies = await question.outcome()
+        """
+        # A name that is none is nobody's: the inbox says what is wrong with it.
+        channel, message_id = as_text(message.channel), as_text(message.id)
+        with self._waiters.asking(channel, message_id) as asked:
+            yield Question(self, message, asked)
+
+    async def outcome(
+        self, channel: str, message_id: str, *, wait: bool = False
+    ) -> tuple[str, tuple[Reply, ...]]:
+        """How an accepted message stands (`queued`, `running`, or its end: `answered`, `failed`,
+        `stopped`, `quarantined`, `expired`) and what was said to it so far.
+
+        `wait`: until it has reached its end. Raises `NotFound`; `GatewayStopping` if the gateway
+        stops before that; `StoreError`.
+        """
+        with self._waiters.asking(channel, message_id) as asked:
+            state, replies = await self._outcome_now(channel, message_id)
+            if state is None:
+                raise NotFound(f"no message {shown(message_id)} of channel {shown(channel)}")
+            if not wait or state in _ENDS:
+                return state, replies
+            return await self._outcome_of(channel, message_id, asked)
+
+    async def _outcome_of(self, channel: str, message_id: str, asked: Asked) -> Outcome:
+        """Wait for the end of a message that has none yet."""
+        await asked.reached.wait()
+        if asked.outcome is not None:
+            return asked.outcome
+        state, replies = await self._outcome_now(channel, message_id)
+        if state not in _ENDS:
+            raise _stopping(message_id)
+        return state, replies
+
+    async def _outcome_now(
+        self, channel: str, message_id: str
+    ) -> tuple[str | None, tuple[Reply, ...]]:
+        try:
+            return await self._store.replies_to(channel, message_id)
+        except StoreClosed:
+            raise _stopping(message_id) from None
 
     async def history(self, session: SessionKey, limit: int = 50) -> tuple[HistoryItem, ...]:
-        """The last `limit` lines of a conversation, oldest first."""
+        """The last `limit` lines of a conversation, oldest first. Raises `InvalidInput`."""
+        check_key(session)
+        check_limit(limit)
         return await self._store.history(session, None, limit)
 
     async def stop_turn(self, session: SessionKey) -> bool:
-        """End the open turn of a session for good, like /stop. False: it has none."""
+        """End the open turn of a session for good, like /stop. False: it has none. Raises
+        `InvalidInput`."""
         return await self._inbox.stop_turn(session)
+
+    async def touch(self) -> None:
+        """Write into the store that this process lives, and return after the commit: so the store
+        answers. Cancelled, it waits no longer; the write goes on. Raises `StoreError`."""
+        await self._store.touch()
 
     def turns(self) -> tuple[TurnInfo, ...]:
         """The turns that are running."""
@@ -205,6 +297,93 @@ class Gateway:
             )
             for child in self._turns.running()
         )
+
+    # ----- for whoever looks after it
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """What its channels are called."""
+        return self._links.names
+
+    async def inspect(self, question: Callable[[StoreReader], T]) -> T:
+        """Ask the store: `await gateway.inspect(lambda reader: reader.sessions(50))`. `question` is
+        called on the store's reading thread. Raises `NotFound` and `StoreError`."""
+        return await self._store.inspect(question)
+
+    async def check(self, within: float = 2.0) -> tuple[str, ...]:
+        """Why this gateway should not be sent messages now, one text each; empty: it is ready. Asks
+        the store to write, for at most `within` seconds."""
+        reasons: list[str] = []
+        if (state := self.state.value) is not GatewayState.SERVING:
+            reasons.append(f"the gateway is {state.value}")
+        if self.paused:
+            reasons.append("turns are paused: trio-gateway undrain")
+        if away := [name for name in self._links.names if not self._links.connected(name)]:
+            reasons.append(f"not connected: {', '.join(away)}")
+        if (trouble := await self._store_trouble(within)) is not None:
+            reasons.append(trouble)
+        return tuple(reasons)
+
+    async def _store_trouble(self, within: float) -> str | None:
+        try:
+            with trio.move_on_after(within) as waited:
+                await self._store.touch()
+        except StoreError as error:
+            return f"the store: {error}"
+        return f"the store has not written within {within:g} s" if waited.cancelled_caught else None
+
+    @property
+    def paused(self) -> bool:
+        """Whether turns are kept from beginning; see `pause`."""
+        return self._sessions.paused
+
+    def pause(self, *, by: str = "the host") -> None:
+        """Begin no turn until `unpause`: messages are accepted and wait, open turns go on. It ends
+        with the process."""
+        self._set_paused(True, by)
+
+    def unpause(self, *, by: str = "the host") -> None:
+        """Let turns begin again."""
+        self._set_paused(False, by)
+
+    def _set_paused(self, paused: bool, by: str) -> None:
+        if self._sessions.paused is paused:
+            return
+        self._sessions.paused = paused
+        self._events.emit(TurnsPaused(paused=paused, by=by))
+        self._turns.dispatch()
+
+    async def retry_quarantined(self, turn: int) -> bool:
+        """Let the messages of a turn that was put aside wait for an answer once more. False: there
+        is no such turn. Raises `StoreError`."""
+        waiting = await self._store.requeue_quarantined(turn)
+        if waiting is None:
+            return False
+        self._inbox.note_requeued(waiting)
+        return True
+
+    async def drop_quarantined(self, turn: int) -> tuple[str, ...]:
+        """Give the messages of a turn that was put aside up for good: their ids. Empty: there is no
+        such turn. Raises `StoreError`."""
+        return await self._store.drop_quarantined(turn)
+
+    async def retry_dead_letter(self, delivery: int) -> bool:
+        """Send a reply that was given up once more. False: there is no such dead letter. Raises
+        `StoreError`."""
+        letter = await self._store.resend_dead(delivery)
+        if letter is None:
+            return False
+        self._outbox.put((letter,))
+        return True
+
+    async def drop_dead_letter(self, delivery: int) -> bool:
+        """Give a dead letter up for good. False: there is none. Raises `StoreError`."""
+        return await self._store.drop_dead(delivery)
+
+    async def note_drafts(self, drafts: Sequence[Draft]) -> None:
+        """Keep how replies grow in the journals of their sessions; for a channel that is pulled.
+        Raises `StoreError`."""
+        await self._store.note_drafts(drafts)
 
     def events(self) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """What happens from now on: `async with gateway.events() as events: async for ...`. The
@@ -421,10 +600,14 @@ class Gateway:
         if not self.epoch:
             return  # it never began
         ending = "failure" if self.failure else str(self.stop_reason or "shutdown")
-        try:
-            await self._store.end_epoch(ending)
-        except StoreError as error:
-            self._events.emit(StoreTrouble(operation="end of epoch", error=str(error)))
+        trouble = f"not written within {self.plan.spare:g} s"
+        with trio.move_on_after(self.plan.spare, shield=True):
+            try:
+                await self._store.end_epoch(ending)
+                return
+            except StoreError as error:
+                trouble = str(error)
+        self._events.emit(StoreTrouble(operation="end of epoch", error=trouble))
 
     # ----- services: each is guarded
 
@@ -439,7 +622,7 @@ class Gateway:
         if self.failure is None:
             self.failure = unwrap(error)
         trace = "".join(traceback.format_exception(error))
-        self._events.emit(GatewayFailed(error=repr(error), traceback=trace))
+        self._events.emit(GatewayFailed(error=shown(error), traceback=trace))
         self.request_stop(by="a failure of the gateway itself")
 
     async def _resume_all(self) -> None:
@@ -490,10 +673,23 @@ class Gateway:
 
     async def _restart_after(self, child: Running) -> None:
         """Let the turn that asked settle first (promise 13); not for longer than a window."""
-        await self._tolerantly("ask for a restart", lambda: self._store.ask_restart(child.turn.id))
+        await self._keep_asked(child)
         with trio.move_on_after(self.plan.grace):
             await child.wait_over()
         self.request_stop(ResumeReason.RESTART, by=f"turn {child.turn.id}")
+
+    async def _keep_asked(self, child: Running) -> None:
+        """Note that the turn has asked, so that its next attempt does not ask again. Until that is
+        written there is no restart, unless the turn has settled: then there is no next attempt."""
+        tries = 0
+        while True:
+            try:
+                return await self._store.ask_restart(child.turn.id)
+            except StoreError as error:
+                tries += 1
+                self._events.emit(StoreTrouble(operation="ask for a restart", error=str(error)))
+                with trio.move_on_after(retry_delay(tries, random.random(), cap=RETRY_CAP)):
+                    return await child.wait_over()
 
     def _intake_of(self, channel: str) -> ChannelIntake:
         return ChannelIntake(self._inbox, self._turns.desk, channel)
@@ -531,6 +727,37 @@ class Gateway:
         )
 
 
+class Question:
+    """One message, on its way to its answer. Made by `Gateway.question`."""
+
+    def __init__(self, gateway: Gateway, message: Message, asked: Asked) -> None:
+        self._gateway = gateway
+        self._message = message
+        self._asked = asked
+        self._duplicate = False
+
+    async def accept(self) -> Receipt:
+        """Hand the message in; see `Gateway.accept`."""
+        receipt = await self._gateway.accept(self._message)
+        self._duplicate = receipt.status is ReceiptStatus.DUPLICATE
+        return receipt
+
+    async def outcome(self) -> tuple[str, tuple[Reply, ...]]:
+        """Wait until the message, which was accepted, has reached its end: which, and what was said
+        to it, in order. Raises `GatewayStopping` if the gateway stops before, and `StoreError`.
+        Cancelling the wait does not cancel the turn."""
+        channel, message_id = self._message.channel, self._message.id
+        if self._duplicate:
+            return await self._gateway.outcome(channel, message_id, wait=True)
+        return await self._gateway._outcome_of(channel, message_id, self._asked)
+
+
+def _stopping(message_id: str) -> GatewayStopping:
+    return GatewayStopping(
+        f"the gateway stops; message {shown(message_id)} is kept: ask again after the boot"
+    )
+
+
 def _microseconds(span: timedelta) -> int:
     return span // timedelta(microseconds=1)
 
@@ -548,6 +775,9 @@ class _House:
         self._settings = gateway._settings
 
     # ----- for recovery
+
+    def pulled_channels(self) -> frozenset[str]:
+        return self._links.pulled
 
     def knows_channel(self, channel: str) -> bool:
         return self._links.has(channel)
@@ -604,6 +834,9 @@ class _House:
         # A child whose end the account has written only waits for its next try.
         return frozenset(child.turn.id for child in self._turns.running() if not child.settled)
 
+    def settled(self) -> frozenset[int]:
+        return frozenset(self._turns.settled_late)
+
     def children(self) -> frozenset[int]:
         return frozenset(child.turn.id for child in self._turns.running())
 
@@ -633,7 +866,10 @@ class _House:
         await self._outbox.wait_sent()
 
     def unwritten(self) -> Sequence[Settlement]:
-        return [child.end for child in self._turns.unsettled() if child.end is not None]
+        # The child's own settle can be in the writer's hands still, with a begin in it that must
+        # not be made by the stop.
+        ends = [child.end for child in self._turns.unsettled() if child.end is not None]
+        return [attrs.evolve(end, next=None) for end in ends]
 
     async def write_ends(self, ends: Sequence[Settlement]) -> None:
         self._turns.account(ends, await self._gateway._store.clear_resume_pending(ends))

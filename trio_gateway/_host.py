@@ -10,21 +10,33 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
+import attrs
 import trio
 
+from ._allowance import is_supervised, warnings_at_start
 from ._collector import calm_collector
-from ._errors import AgentNotUsable, ConfigError, GatewayError
+from ._errors import (
+    AgentNotUsable,
+    ConfigError,
+    GatewayError,
+    StoreError,
+    escape,
+    shown,
+    unwrap,
+)
 from ._events import DrainReport, Event, MarkingFailed, StopRequested, TurnsMarked
 from ._gateway import Gateway, open_gateway
 from ._markers import ResumeReason
 from ._policy import plan_stop
 from ._settings import Settings
 from ._signals import EXIT_FAILURE, EXIT_RESTART, SignalDesk, Stop, write_some
-from ._supervisor import Supervisor
+from ._stall import Stall, watching_for_stalls
+from ._supervisor import Supervisor, status_of
 from ._tasktree import task_tree
 from .channels import Channel
 
@@ -104,32 +116,82 @@ class _House:
         self._open: Callable[[], Any] = lambda: open_gateway(
             agent, store=store, channels=channels, settings=settings, listen=self._hear
         )
+        self._plan = plan_stop(settings.grace, settings.budget)
         self._log = log
         self._signals = signals
         self._supervisor = Supervisor()
         self._gateway: Gateway | None = None
+        self._asked = False
+        """Whether somebody has asked for the stop; else Trio itself has fallen over."""
 
     def live_and_end(self) -> int:
         """The whole life of the gateway; the exit code."""
         try:
             self._signals.run(self, self._live)
         except (Exception, BaseExceptionGroup) as error:
-            return self._failed(error)
+            return self._failed(unwrap(error))
         return self._code()
 
     async def _live(self) -> None:
-        async with self._open() as gateway:
-            gateway.on_unresponsive = self._leave
-            self._gateway = gateway
-            self._supervisor.ready()
-            self._signals.obey()
-            await self._until_stop(gateway)
+        self._supervisor.starting()
+        with watching_for_stalls(self._stalled, self._goes_on):
+            async with trio.open_nursery() as attendants:
+                async with self._open() as gateway:
+                    gateway.on_unresponsive = self._leave
+                    self._gateway = gateway
+                    self._supervisor.ready()
+                    self._attend(gateway, attendants)
+                    self._signals.obey()
+                    await self._until_stop(gateway)
+                attendants.cancel_scope.cancel(reason="the gateway has stopped")
+
+    def _attend(self, gateway: Gateway, attendants: trio.Nursery) -> None:
+        """Start what looks after the supervisor, also while the gateway drains."""
+        alive = partial(self._supervisor.keep_alive, gateway.touch, self._silent)
+        status = partial(self._supervisor.keep_status, partial(_status_of, gateway))
+        for service in (alive, status, self._compare_limits):
+            attendants.start_soon(self._guard, service)
+
+    async def _guard(self, service: Callable[[], Awaitable[None]]) -> None:
+        """What fails here is told, and costs no turn its window."""
+        try:
+            await service()
+        except Exception as error:
+            self._log.say("error", "supervisor_failed", error=shown(error))
+
+    async def _compare_limits(self) -> None:
+        """Compare our budget with what the supervisor really allows; it is asked in a thread."""
+        if is_supervised():
+            ask = partial(warnings_at_start, self._plan.budget)
+            for warning in await trio.to_thread.run_sync(ask, abandon_on_cancel=True):
+                self._log.say("warning", "supervisor", warning=warning)
+
+    def _silent(self, error: StoreError) -> None:
+        self._log.say("error", "watchdog_not_pinged", error=str(error))
+
+    # ----- for the watch on the event loop, on its thread
+
+    def _stalled(self, stall: Stall) -> None:
+        self._log.say("error", "loop_stalled", **attrs.asdict(stall))
+        self._supervisor.interject(escape(f"blocked by {stall.turn or stall.task or 'something'}"))
+
+    def _goes_on(self, seconds: float) -> None:
+        self._log.say("warning", "loop_goes_on", blocked_for=seconds)
+        self._supervisor.go_on()
+
+    # ----- until the stop
 
     async def _until_stop(self, gateway: Gateway) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._stop_at_end_of_input, gateway)
-            await gateway.wait_stop_requested()
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._stop_at_end_of_input, gateway)
+                await gateway.wait_stop_requested()
+                self._asked = True
+                nursery.cancel_scope.cancel()
+        finally:
+            # The time of a stop is kept also where nobody could say that it was asked for: a log
+            # that fell over hears of no event, and a Trio that fell over of none at all.
+            self._signals.arm(gateway.stop_reason or ResumeReason.SHUTDOWN, "the host")
 
     async def _stop_at_end_of_input(self, gateway: Gateway) -> None:
         await gateway.wait_input_ended()
@@ -137,10 +199,10 @@ class _House:
         gateway.request_stop(by="the end of the input")
 
     def _hear(self, event: Event) -> None:
-        self._log.listener(event)
         if isinstance(event, StopRequested):
             self._signals.arm(event.reason, event.by)
-        elif isinstance(event, TurnsMarked | MarkingFailed):
+        self._log.listener(event)
+        if isinstance(event, TurnsMarked | MarkingFailed):
             self._signals.marked()
         self._supervisor.hear(event, lambda: self._signals.time_left)
 
@@ -178,7 +240,12 @@ class _House:
     # ----- the end
 
     def _code(self) -> int:
-        return _code(self._gateway.stop_reason if self._gateway is not None else None)
+        """A stop that nobody asked for, or that a failure asked for, was not served."""
+        if self._gateway is None:
+            return EXIT_OK
+        if self._gateway.failure is not None or not self._asked:
+            return EXIT_FAILURE
+        return _code(self._gateway.stop_reason)
 
     def _failed(self, error: BaseException) -> int:
         """Tell what went wrong, once and clearly; return the exit code."""
@@ -187,7 +254,7 @@ class _House:
         causes = list(_leaves(error))
         if not all(isinstance(cause, GatewayError) for cause in causes):
             trace = "".join(traceback.format_exception(error))
-            self._log.say("critical", "host_failed", error=repr(error), traceback=trace)
+            self._log.say("critical", "host_failed", error=shown(error), traceback=trace)
             return EXIT_FAILURE
         self._log.flush(FLUSH)
         for cause in causes:
@@ -199,6 +266,10 @@ class _House:
         """Leave turns behind that swallow their cancellation: the stop was served, they resume."""
         self._log.flush(min(FLUSH, self._signals.time_left / 2))
         os._exit(self._code())
+
+
+def _status_of(gateway: Gateway) -> str:
+    return status_of(gateway.state.value.value, gateway.statistics())
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -11,23 +11,34 @@ from collections.abc import Awaitable, Callable, Sequence
 import attrs
 import trio
 
-from ._errors import ConfigError, InvalidInput, Refused, StoreError
-from ._events import InputRefused, MessageAccepted, MessageRefused, TurnSettled
+from ._errors import ConfigError, InvalidInput, Refused, StoreClosed, StoreError, shown
+from ._events import InputRefused, MessageAccepted, MessageRefused, StoreTrouble, TurnSettled
 from ._markers import TurnState
-from ._messages import Cursor, HistoryItem, Message, Receipt, ReceiptStatus, SessionKey
+from ._messages import (
+    Cursor,
+    HistoryItem,
+    Message,
+    Receipt,
+    ReceiptStatus,
+    RefusalKind,
+    SessionKey,
+)
 from ._policy import (
     Busy,
     Command,
     Limits,
     Refusal,
+    check_key,
+    check_limit,
     command_in,
     lone_surrogate,
     malformed,
     no_room,
 )
 from ._sessions import Session
+from ._strangers import theirs
 from ._turns import Desk, Turns, Why
-from .store import Admitted, Arrival
+from .store import Admitted, Arrival, WaitingSession
 
 Authorize = Callable[[Message], Awaitable[bool]]
 """Asked for every message, and again for every turn that resumes: may its sender talk to the agent?
@@ -57,6 +68,7 @@ class Inbox:
         self, messages: Sequence[Message], cursor: Cursor | None
     ) -> tuple[Receipt, ...]:
         """Take messages in with the cursor that covers them; receipts in the same order."""
+        _check_messages(messages)
         _check_cursor(cursor)
         denied = await self._denied(messages)
         chosen: list[tuple[Session, Arrival]] = []
@@ -98,7 +110,9 @@ class Inbox:
     def _refusal(self, message: Message) -> Refusal | None:
         refusal = malformed(message, self._limits)
         if refusal is None and not self.open:
-            refusal = Refusal("the gateway is closing; send it again", retryable=True)
+            refusal = Refusal(
+                "the gateway is closing; send it again", retryable=True, kind=RefusalKind.CLOSING
+            )
         return refusal or self._no_room(message)
 
     def _no_room(self, message: Message) -> Refusal | None:
@@ -107,7 +121,11 @@ class Inbox:
             return None  # a full inbox must not keep anybody from saying /stop
         session = sessions.find(message.key)
         if session is not None and session.busy and self._desk.busy is Busy.REJECT:
-            return Refusal("busy with the message before; try again when it is answered", True)
+            return Refusal(
+                "busy with the message before; try again when it is answered",
+                retryable=True,
+                kind=RefusalKind.BUSY,
+            )
         return no_room(
             self._limits,
             0 if session is None else session.open,
@@ -134,7 +152,7 @@ class Inbox:
                 arrival.begin = True
                 sessions.occupy(session)
                 self._turns.opening()
-            arrival.interrupt = self._desk.busy is Busy.INTERRUPT and sessions.door_open
+            arrival.interrupt = self._desk.busy is Busy.INTERRUPT and sessions.may_begin_turns
         session.accepting += 1
         return session, arrival
 
@@ -143,11 +161,11 @@ class Inbox:
             # Sent again while there is no room: it was accepted before, and that stands.
             self._say_accepted(message, duplicate=True)
             return Receipt(status=ReceiptStatus.DUPLICATE, session=message.key, id=message.id)
-        session = SessionKey(str(message.channel), str(message.session))
+        session = SessionKey(as_text(message.channel), as_text(message.session))
         self._desk.events.emit(
             MessageRefused(
                 session=session,
-                message_id=str(message.id),
+                message_id=as_text(message.id),
                 reason=refusal.for_log or refusal.reason,
             )
         )
@@ -157,6 +175,7 @@ class Inbox:
             id=message.id,
             reason=refusal.reason,
             retryable=refusal.retryable,
+            refusal=refusal.kind,
         )
 
     async def _is_known(self, message: Message) -> bool:
@@ -175,12 +194,15 @@ class Inbox:
             return ()
         try:
             admitted = await self._desk.store.accept([arrival for _, arrival in chosen], cursor)
-        except BaseException:
+        except BaseException as error:
             # Not accepted: neither by a failure of the store, nor cancelled before it was asked.
             for session, arrival in chosen:
                 self._take_back(session, arrival)
             self._turns.dispatch()
             self._desk.on_quiet()
+            if isinstance(error, StoreError) and not isinstance(error, StoreClosed):
+                # Whoever sent it is told; whoever looks after the gateway has to know, too.
+                self._desk.events.emit(StoreTrouble(operation="accept", error=str(error)))
             raise
         for (session, arrival), result in zip(chosen, admitted, strict=True):
             self._act(session, arrival, result)
@@ -223,7 +245,7 @@ class Inbox:
         """What the arrival changed beyond itself: a turn stopped, messages ended or reopened."""
         desk = self._desk
         desk.sessions.queue(session, result.queued)
-        desk.sessions.opened(session, result.reopened - len(result.resolved))
+        self._note_open(session, result.reopened - len(result.resolved))
         if result.stopped is not None:
             replaced = not result.resolved
             session.collect = session.collect or replaced
@@ -232,6 +254,29 @@ class Inbox:
             )
         desk.outbox.put(result.deliveries)
         desk.waiters.ended(session.key.channel, result.resolved)
+
+    def _note_open(self, session: Session, change: int) -> None:
+        """So many messages more (or less) are open in a session. What was open at boot in a session
+        of a channel that this gateway does not have was never counted in it."""
+        sessions = self._desk.sessions
+        if not self._desk.links.has(session.key.channel):
+            apart = max(-change - session.open, 0)
+            sessions.elsewhere -= apart
+            change += apart
+        sessions.opened(session, change)
+
+    def note_requeued(self, waiting: WaitingSession) -> None:
+        """Messages that had ended wait once more, in the store: here, too."""
+        desk = self._desk
+        if not desk.links.has(waiting.session.channel):
+            desk.sessions.elsewhere += waiting.queued
+            return
+        session = desk.sessions.get(waiting.session)
+        session.id = waiting.session_id
+        desk.sessions.opened(session, waiting.queued)
+        desk.sessions.queue(session, waiting.queued)
+        desk.sessions.line_up(session)
+        self._turns.dispatch()
 
     def note_stopped(self, key: SessionKey, turn: int, why: Why) -> None:
         """A turn was ended STOPPED in the store: end its child too."""
@@ -261,19 +306,23 @@ class Inbox:
 
     async def stop_turn(self, key: SessionKey) -> bool:
         """End the open turn of a session for good. False: it has none."""
+        check_key(key)
         turn, resolved = await self._desk.store.stop_by_key(key)
         if turn is None:
             return False
         desk = self._desk
-        session = desk.sessions.find(key)
-        if session is not None:
-            desk.sessions.opened(session, -len(resolved))
+        session = desk.sessions.get(key)
+        self._note_open(session, -len(resolved))
         self.note_stopped(key, turn, Why.STOPPED)
         desk.waiters.ended(key.channel, resolved)
-        if session is not None:
-            desk.sessions.let_go(session)  # its child may have ended before this came back
+        desk.sessions.let_go(session)  # its child may have ended before this came back
         desk.on_quiet()
         return True
+
+
+def as_text(value: object) -> str:
+    """What stands where a name should, for whoever reads what was refused."""
+    return value if isinstance(value, str) else shown(value)
 
 
 async def _denial(authorize: Authorize, message: Message) -> Refusal | None:
@@ -281,17 +330,31 @@ async def _denial(authorize: Authorize, message: Message) -> Refusal | None:
     try:
         if await authorize(message):
             return None
-    except Exception as error:
-        return Refusal("not allowed", for_log=f"not allowed: authorize failed with {error!r}")
-    return Refusal("not allowed")
+    except BaseException as error:  # noqa: ASYNC103 - it raises what is not the hook's
+        fault = shown(theirs(error))
+        return Refusal(  # noqa: ASYNC104
+            "not allowed",
+            kind=RefusalKind.NOT_ALLOWED,
+            for_log=f"not allowed: authorize failed with {fault}",
+        )
+    return Refusal("not allowed", kind=RefusalKind.NOT_ALLOWED)
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    """Before anything is counted: what comes after a bad one would stay counted."""
+    for message in messages:
+        if not isinstance(message, Message):
+            raise InvalidInput(f"expected a Message, got {type(message).__name__}")
 
 
 def _check_cursor(cursor: Cursor | None) -> None:
     if cursor is None:
         return
+    if not isinstance(cursor, Cursor):
+        raise InvalidInput(f"cursor: expected a Cursor, got {type(cursor).__name__}")
     for name, text in (("channel", cursor.channel), ("value", cursor.value)):
         if not isinstance(text, str) or lone_surrogate(text) is not None:
-            raise InvalidInput(f"cursor.{name}: expected Unicode text, got {text!r}")
+            raise InvalidInput(f"cursor.{name}: expected Unicode text, got {shown(text)}")
 
 
 @attrs.frozen
@@ -304,11 +367,12 @@ class ChannelIntake:
 
     async def accept(self, *messages: Message, cursor: str | None = None) -> tuple[Receipt, ...]:
         """See `Intake.accept`."""
+        _check_messages(messages)
         for message in messages:
             if message.channel != self.name:
                 raise ConfigError(
-                    f"channel {self.name!r} handed in a message of channel {message.channel!r}:"
-                    " set Message.channel to the channel's name"
+                    f"channel {self.name!r} handed in a message of channel"
+                    f" {shown(message.channel)}: set Message.channel to the channel's name"
                 )
         covered = None if cursor is None else Cursor(channel=self.name, value=cursor)
         return await self.inbox.accept(messages, covered)
@@ -319,7 +383,10 @@ class ChannelIntake:
 
     async def history(self, session: str, limit: int) -> tuple[HistoryItem, ...]:
         """See `Intake.history`."""
-        return await self.desk.store.history(SessionKey(self.name, session), None, limit)
+        key = SessionKey(self.name, session)
+        check_key(key)
+        check_limit(limit)
+        return await self.desk.store.history(key, None, limit)
 
     def refused_input(self, where: str, error: str) -> None:
         """See `Intake.refused_input`."""
@@ -328,4 +395,4 @@ class ChannelIntake:
 
 def refused_error(receipt: Receipt) -> Refused:
     """The error for a message that was refused."""
-    return Refused(f"message {receipt.id!r} was refused: {receipt.reason}")
+    return Refused(f"message {shown(receipt.id)} was refused: {receipt.reason}")

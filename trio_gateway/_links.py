@@ -14,10 +14,11 @@ from typing import Any, Final
 import trio
 from trio_util import AsyncBool
 
-from ._errors import ChannelEnded, ConfigError
+from ._errors import ChannelEnded, ConfigError, shown
 from ._events import ChannelConnected, ChannelFailed, ChannelFinished
 from ._messages import LOCAL, Intake, is_channel_name
 from ._policy import retry_delay, split_text
+from ._strangers import theirs
 from ._stream import EventStream
 from .channels import Channel
 
@@ -77,15 +78,25 @@ class Links:
         return name == LOCAL if link is None else bool(link.connected.value)
 
     def is_local(self, name: str) -> bool:
-        """Whether replies need no wire: the host reads them from the store itself."""
-        return name == LOCAL and name not in self._links
+        """Whether replies need no wire: who waits for them reads them from the store itself."""
+        link = self._links.get(name)
+        return name == LOCAL if link is None else link.channel.pulled
+
+    @property
+    def pulled(self) -> frozenset[str]:
+        """The channels whose sessions have a journal."""
+        return frozenset(name for name, link in self._links.items() if link.channel.pulled)
 
     def parts(self, name: str, text: str) -> tuple[str, ...]:
-        """The text, cut to what the channel takes in one piece."""
+        """The text, cut to what the channel takes in one piece; whole, if it cannot say."""
         link = self._links.get(name)
         if link is None:
             return (text,)
-        return split_text(text, link.channel.text_limit, link.channel.text_length)
+        try:
+            return split_text(text, link.channel.text_limit, link.channel.text_length)
+        except BaseException as error:  # noqa: ASYNC103 - no await; what is not its own is raised
+            self._note_fault(name, "text_length", theirs(error))
+            return (text,)  # noqa: ASYNC104
 
     def shows_work(self, name: str) -> bool:
         """Whether the channel wants to know the end of every turn."""
@@ -99,15 +110,19 @@ class Links:
             return
         try:
             link.channel.progress(session, text)
-        except Exception as error:
-            self._events.emit(
-                ChannelFailed(
-                    channel=name,
-                    error=f"progress: {error!r}",
-                    retry_in=0.0,
-                    traceback=_trace(error),
-                )
+        except BaseException as error:  # noqa: ASYNC103 - no await; what is not its own is raised
+            self._note_fault(name, "progress", theirs(error))
+
+    def _note_fault(self, name: str, what: str, fault: BaseException) -> None:
+        """The channel goes on: this is not about its connection."""
+        self._events.emit(
+            ChannelFailed(
+                channel=name,
+                error=f"{what}: {shown(fault)}",
+                retry_in=0.0,
+                traceback=_trace(fault),
             )
+        )
 
     async def wait_input_ended(self) -> None:
         """Wait until no channel has more input; for ever, if there is no channel."""
@@ -128,13 +143,14 @@ class Links:
             since = trio.current_time()
             try:
                 await link.channel.serve(intake, task_status=_Started(link, self._connect))
-            except ChannelEnded:
-                self._on_end(link.name)
-                return
-            except Exception as error:
+            except BaseException as error:  # noqa: ASYNC103 - it raises what is not the channel's
+                fault = theirs(error)
+                if isinstance(fault, ChannelEnded):
+                    self._on_end(link.name)
+                    return  # noqa: ASYNC104
                 steady = bool(link.connected.value) and trio.current_time() - since > STEADY
                 failures = 1 if steady else failures + 1
-                await self._wait_after(link, error, failures)
+                await self._wait_after(link, fault, failures)  # noqa: ASYNC102
             else:
                 self._finished(link)
                 return
@@ -150,12 +166,12 @@ class Links:
         link.input_ended.value = True
         self._events.emit(ChannelFinished(channel=link.name))
 
-    async def _wait_after(self, link: Link, error: Exception, failures: int) -> None:
+    async def _wait_after(self, link: Link, error: BaseException, failures: int) -> None:
         link.connected.value = False
         delay = retry_delay(failures, random.random(), cap=60.0)
         self._events.emit(
             ChannelFailed(
-                channel=link.name, error=repr(error), retry_in=delay, traceback=_trace(error)
+                channel=link.name, error=shown(error), retry_in=delay, traceback=_trace(error)
             )
         )
         await trio.sleep(delay)
@@ -178,8 +194,8 @@ def _by_name(channels: Sequence[Channel]) -> dict[str, Link]:
     for channel in channels:
         if not is_channel_name(channel.name):
             raise ConfigError(
-                f"{type(channel).__name__}.name is {channel.name!r}: use small letters, digits, _"
-                " and -"
+                f"{type(channel).__name__}.name is {shown(channel.name)}: use small letters,"
+                " digits, _ and -"
             )
         if channel.name == LOCAL:
             raise ConfigError(
@@ -188,8 +204,18 @@ def _by_name(channels: Sequence[Channel]) -> dict[str, Link]:
             )
         if channel.name in links:
             raise ConfigError(f"two channels are called {channel.name!r}: rename one")
+        _check_limit(channel)
         links[channel.name] = Link(channel)
     return links
+
+
+def _check_limit(channel: Channel) -> None:
+    limit: object = channel.text_limit
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ConfigError(
+            f"{type(channel).__name__}.text_limit is {shown(limit)}: use a number of characters, 1"
+            " or more, or None"
+        )
 
 
 def _trace(error: BaseException) -> str:

@@ -11,6 +11,8 @@ message can write a log line.
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import select
@@ -26,6 +28,7 @@ import attrs
 
 from ._clock import SystemClock, as_datetime
 from ._config import LogFormat, LogLevel
+from ._errors import escape
 from ._events import Event, TurnSettled
 from ._markers import TurnState
 from ._messages import SessionKey
@@ -118,23 +121,6 @@ def _utc(moment: datetime) -> str:
 _SECRET_NAME: Final = re.compile("TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIAL", re.IGNORECASE)
 _SHORTEST_SECRET: Final = 8
 
-# Control characters, the separators that some readers take for line ends, what turns the
-# direction of writing around, and what is no Unicode at all.
-_UNSAFE: Final = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-_SHORT_ESCAPES: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
-def escape(text: str) -> str:
-    """`text` on one line, with nothing in it that a terminal or a reader of lines obeys."""
-    return _UNSAFE.sub(_escaped, text)
-
-
-def _escaped(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    return _SHORT_ESCAPES.get(match[0]) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
-
 
 def secrets_in(environ: Mapping[str, str]) -> tuple[str, ...]:
     """The values of variables whose names sound secret, longest first."""
@@ -160,12 +146,17 @@ def redact(value: Any, secrets: Iterable[str]) -> Any:
 
 
 class Renderer:
-    """Makes lines of records."""
+    """Makes lines of records. No format: JSON, made by nothing that has to be imported first."""
 
-    def __init__(self, log_format: LogFormat, *, colors: bool = False) -> None:
+    def __init__(self, log_format: LogFormat | None, *, colors: bool = False) -> None:
         self._secrets: tuple[str, ...] = ()
         self._chain: list[_Processor] = [self._redacted]
-        self._chain += _console_chain(colors) if log_format is LogFormat.CONSOLE else _json_chain()
+        if log_format is None:
+            self._chain.append(_plain_json)
+        elif log_format is LogFormat.CONSOLE:
+            self._chain += _console_chain(colors)
+        else:
+            self._chain += _json_chain()
         self.look_for_secrets()
 
     def look_for_secrets(self) -> None:
@@ -181,6 +172,10 @@ class Renderer:
 
     def _redacted(self, _: Any, __: str, record: _Record) -> _Record:
         return {name: redact(value, self._secrets) for name, value in record.items()}
+
+
+def _plain_json(_: Any, __: str, record: _Record) -> str:
+    return json.dumps(dict(record), default=repr)
 
 
 def _json_chain() -> list[_Processor]:
@@ -232,7 +227,7 @@ def _quoted(value: object) -> str:
         return "yes" if value else "no"
     if not isinstance(value, str):
         return str(value)
-    if value and not re.search(r'[\s="\\,]', value) and not _UNSAFE.search(value):
+    if value and not re.search(r'[\s="\\,]', value) and escape(value) == value:
         return value
     return '"' + escape(value.replace("\\", "\\\\").replace('"', '\\"')) + '"'
 
@@ -267,6 +262,10 @@ class Log:
         self._queue: SimpleQueue[_Told | threading.Event] = SimpleQueue()
         # Only ever counted up; the writing thread tells by how much.
         self._dropped = 0
+        self._told_dropped = 0
+        # What the writing thread itself could not write.
+        self._lost = 0
+        self._renderer: Renderer | None = None
         self._ready = threading.Event()
         self._ending = threading.Event()
         threading.Thread(target=self._write_all, name="log", daemon=True).start()
@@ -307,22 +306,43 @@ class Log:
 
     def _write_all(self) -> None:
         output = _Output(self._fd)
-        # structlog is slow to import; nobody has to wait for it here.
-        renderer = self._make_renderer()
-        self._ready.set()
+        self._best_renderer()
+        flushed: threading.Event | None = None
+        while flushed is not self._ending:
+            try:
+                flushed = self._write_next(output)
+            except Exception:
+                # No memory, say. What was in hand is lost, the log is not.
+                self._lost += 1
+
+    def _write_next(self, output: _Output) -> threading.Event | None:
+        """Wait for something to write, and write it; who waited for that, if anybody."""
         first = self._queue.get()
-        told_dropped = 0
-        while True:
-            text, flushed = self._collect(first, renderer)
-            if self._dropped != told_dropped:
-                text += self._drops(renderer, self._dropped - told_dropped)
-                told_dropped = self._dropped
-            output.write(text)
-            if flushed is not None:
-                flushed.set()
-            if flushed is self._ending:
-                return
-            first = self._queue.get()
+        renderer = self._best_renderer()
+        text, flushed = self._collect(first, renderer)
+        dropped, lost = self._dropped, self._lost
+        if count := dropped - self._told_dropped + lost:
+            text = self._drops(renderer, count) + text
+        if output.write(text):
+            self._told_dropped = dropped
+            self._lost -= lost
+        else:
+            self._lost += text.count("\n") - bool(count)
+        if flushed is not None:
+            flushed.set()
+        return flushed
+
+    def _best_renderer(self) -> Renderer:
+        """structlog is slow to import; nobody has to wait for it here. Where it cannot be imported,
+        for want of a descriptor or of memory, what there is to tell is told without it."""
+        if self._renderer is None:
+            try:
+                self._renderer = self._make_renderer()
+            except Exception:
+                return Renderer(None)
+            finally:
+                self._ready.set()
+        return self._renderer
 
     def _collect(
         self, item: _Told | threading.Event, renderer: Renderer
@@ -359,30 +379,43 @@ def _render(renderer: Renderer, told: _Told) -> str:
         return renderer.line(unreadable.record())
 
 
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""A file has no room; it may have some again."""
+
+
 class _Output:
     """A file descriptor that may block, be full, or be gone."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._gone = False
+        self._cut = False
         # Where somebody talks to the gateway, a prompt may stand there: on a row of its own.
         prompts = os.isatty(fd) and os.environ.get("TERM", "dumb") != "dumb"
         self._clear = "\r\x1b[J" if prompts else ""
 
-    def write(self, text: str) -> None:
-        """Write all of it; wait for room; do nothing once nobody can read it any more."""
-        data = memoryview((self._clear + text).encode("utf-8", "backslashreplace"))
+    def write(self, text: str) -> bool:
+        """Write all of it; wait for room in a pipe; do nothing once nobody can read it any more.
+        False: a disk had no room for it."""
+        begin = "\n" if self._cut else self._clear
+        data = whole = memoryview((begin + text).encode("utf-8", "backslashreplace"))
         while data and not self._gone:
-            data = data[self._write_some(data) :]
+            try:
+                data = data[self._write_some(data) :]
+            except OSError as error:
+                if error.errno in _FULL:
+                    # In the middle of a line, perhaps: the next one begins on a row of its own.
+                    self._cut = self._cut or len(data) < len(whole)
+                    return False
+                self._gone = True
+        self._cut = False
+        return True
 
     def _write_some(self, data: memoryview) -> int:
         try:
             return os.write(self._fd, data)
         except BlockingIOError:
             select.select([], [self._fd], [])
-            return 0
-        except OSError:
-            self._gone = True
             return 0
 
 

@@ -13,7 +13,7 @@ from typing import Final, Literal, Protocol
 
 import attrs
 
-from ._errors import InvalidInput
+from ._errors import InvalidInput, shown
 
 LOCAL: Final = "local"
 """The channel of messages that the host program hands in itself, and whose replies it reads
@@ -39,15 +39,17 @@ class SessionKey:
     @classmethod
     def parse(cls, text: str) -> SessionKey:
         """Read `channel:name`. Raises `InvalidInput` where the channel part is missing."""
+        if not isinstance(text, str):
+            raise InvalidInput(f"a session key is a text, got {type(text).__name__}")
         channel, colon, name = text.partition(":")
         if not colon or not is_channel_name(channel) or not name:
-            raise InvalidInput(f"{text!r} is not a session key; write it as channel:name")
+            raise InvalidInput(f"{shown(text)} is not a session key; write it as channel:name")
         return cls(channel, name)
 
 
 def is_channel_name(name: str) -> bool:
     """Whether `name` can name a channel: a small letter, then small letters, digits, `_`, `-`."""
-    return _CHANNEL_NAME.fullmatch(name) is not None
+    return isinstance(name, str) and _CHANNEL_NAME.fullmatch(name) is not None
 
 
 @attrs.frozen(kw_only=True)
@@ -78,13 +80,24 @@ class ReceiptStatus(StrEnum):
     REFUSED = "refused"
 
 
+class RefusalKind(StrEnum):
+    """Why the inbox does not take a message, for programs."""
+
+    MALFORMED = "malformed"
+    TOO_LARGE = "too_large"
+    NOT_ALLOWED = "not_allowed"
+    BUSY = "busy"
+    FULL = "full"
+    CLOSING = "closing"
+
+
 @attrs.frozen(kw_only=True)
 class Receipt:
     """The inbox's answer for one message, given after the commit.
 
     `refused` carries a `reason` that a channel can show to the sender; nothing was stored.
     `retryable` says whether the same message can be accepted later (a full inbox, a closing
-    gateway), so that a channel knows whether to keep it.
+    gateway), so that a channel knows whether to keep it. `refusal` is the reason for programs.
     """
 
     status: ReceiptStatus
@@ -92,6 +105,7 @@ class Receipt:
     id: str
     reason: str | None = None
     retryable: bool = False
+    refusal: RefusalKind | None = None
 
     @property
     def accepted(self) -> bool:

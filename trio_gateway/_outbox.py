@@ -31,13 +31,15 @@ from ._errors import (
     StoreClosed,
     StoreError,
     Undeliverable,
-    unwrap,
+    shown,
+    words_of,
 )
 from ._events import DeadLettered, Delivered, DeliveryDelayed, StoreTrouble
 from ._links import Link, Links
 from ._messages import Delivery, ReplyKind, SessionKey
 from ._policy import DeliveryRules, retry_delay
 from ._sessions import Sessions
+from ._strangers import theirs
 from ._stream import EventStream
 from .store import Store
 
@@ -54,10 +56,20 @@ SHORTEST_WAIT: Final = 0.1
 
 @attrs.define(eq=False)
 class _Lane:
-    """What one session has to deliver, in order."""
+    """What one session has to deliver, in order. `held`: its first delivery is with a sender, or
+    waits for its next try."""
 
     session: SessionKey
     queue: list[Delivery] = attrs.field(factory=list[Delivery])
+    held: bool = False
+
+    def add(self, delivery: Delivery) -> None:
+        """In the order of the commits: those who wait for one transaction are woken in any order,
+        and a /stop must not be answered before what was said until then."""
+        at = len(self.queue)
+        while at > self.held and self.queue[at - 1].id > delivery.id:
+            at -= 1
+        self.queue.insert(at, delivery)
 
 
 @attrs.define(eq=False)
@@ -153,24 +165,26 @@ class Outbox:
         """Send these on their way, behind what their session has waiting. They are committed."""
         for delivery in deliveries:
             wire = self._wires.get(delivery.session.channel)
-            if wire is None:
-                # The host's own, for whom committed is delivered; or a channel of another time,
-                # whose replies wait in the store until a gateway has it again.
+            if wire is None or wire.link.channel.pulled:
+                # The host's own, for whom committed is delivered, as it is for whoever fetches what
+                # is said; or a channel of another time, whose replies wait in the store until a
+                # gateway has it again.
                 continue
             self.undelivered += 1
             lane = self._lanes.get(delivery.session)
             if lane is None:
                 lane = self._lanes[delivery.session] = _Lane(delivery.session)
                 self._sessions.get(delivery.session).deliveries = 1
-                lane.queue.append(delivery)
+                lane.add(delivery)
                 self._line_up(wire, lane)
             else:
-                lane.queue.append(delivery)
+                lane.add(delivery)
 
     # ----- lanes and senders
 
     def _line_up(self, wire: _Wire, lane: _Lane) -> None:
         """The lane's first delivery can be sent: wake a sender, or add one."""
+        lane.held = False
         wire.ready.append(lane)
         if wire.idle:
             wire.idle.unpark()
@@ -188,11 +202,16 @@ class Outbox:
             if not wire.link.connected.value:
                 await wire.link.wait_connected()
             if wire.ready:
+                # What was committed together is put together, by tasks that all run before this
+                # one runs again: only then is it certain what a lane's first delivery is.
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            if wire.ready:
                 await self._send_first(wire, wire.ready.popleft())
             else:
                 await wire.idle.park()
 
     async def _send_first(self, wire: _Wire, lane: _Lane) -> None:
+        lane.held = True
         delivery = lane.queue[0]
         if delivery.not_before is not None:
             self._wait_until_due(wire, lane, delivery)
@@ -209,9 +228,10 @@ class Outbox:
             await self._until_written(self._store.sending, delivery.id)
         try:
             sent = await self._send(wire.link, delivery)
-        except Exception as error:
+        except BaseException as error:  # noqa: ASYNC103 - it raises what is not the channel's
             # What a channel says counts also where it comes out of a nursery, in a group.
-            await self._not_sent(wire, lane, delivery, unwrap(error))
+            fault = theirs(error)
+            await self._not_sent(wire, lane, delivery, fault)  # noqa: ASYNC102
         else:
             if sent:
                 self._note_arrival(wire, lane, delivery)
@@ -283,13 +303,12 @@ class Outbox:
             # Nobody is there any more: it stays in the store, and the gateway is asked to stop.
             self._on_end(wire.link.name)
         elif isinstance(error, RetryLater):
-            # In this order, NaN is the shortest wait.
-            after = min(max(SHORTEST_WAIT, error.after), LONGEST_WAIT)
-            await self._again(wire, lane, delivery, str(error), after, counts=False)
+            after = _wait_asked_for(error)
+            await self._again(wire, lane, delivery, words_of(error), after, counts=False)
         elif isinstance(error, Undeliverable):
-            await self._bury(wire, lane, delivery, str(error) or "undeliverable")
+            await self._bury(wire, lane, delivery, words_of(error))
         else:
-            await self._failed(wire, lane, delivery, repr(error))
+            await self._failed(wire, lane, delivery, shown(error))
 
     async def _failed(self, wire: _Wire, lane: _Lane, delivery: Delivery, error: str) -> None:
         tries = delivery.tries + 1
@@ -369,6 +388,16 @@ class Outbox:
                 await trio.sleep(retry_delay(tries, random.random(), cap=30.0))
             else:
                 return
+
+
+def _wait_asked_for(error: RetryLater) -> float:
+    """Seconds: what a platform asks for, within reason; what is no number is the shortest wait."""
+    try:
+        after = float(getattr(error, "after", 0.0))
+    except (TypeError, ValueError, OverflowError):
+        return SHORTEST_WAIT
+    # In this order, NaN is the shortest wait, too.
+    return min(max(SHORTEST_WAIT, after), LONGEST_WAIT)
 
 
 def _without_text(delivery: Delivery) -> Delivery:

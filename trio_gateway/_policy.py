@@ -10,12 +10,14 @@ from collections.abc import Callable
 from datetime import timedelta
 from enum import StrEnum
 from functools import cache
+from math import ceil
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from ._errors import InvalidInput, shown
 from ._markers import Marker, ResumeReason
-from ._messages import Message, is_channel_name
+from ._messages import Message, RefusalKind, SessionKey, is_channel_name
 
 if TYPE_CHECKING:
     import regex
@@ -85,6 +87,7 @@ class Refusal:
 
     reason: str
     retryable: bool = False
+    kind: RefusalKind = RefusalKind.MALFORMED
     for_log: str | None = None
 
 
@@ -101,7 +104,7 @@ def malformed(message: Message, limits: Limits) -> Refusal | None:
         if refusal := _bad_key(what, text, limits.key_length):
             return refusal
     if not isinstance(message.channel, str) or not is_channel_name(message.channel):
-        return Refusal(f"channel {message.channel!r}: expected small letters, digits, _ and -")
+        return Refusal(f"channel {shown(message.channel)}: expected small letters, digits, _ and -")
     if message.sender is not None and (
         refusal := _bad_key("sender", message.sender, limits.key_length)
     ):
@@ -127,7 +130,7 @@ def _bad_text(text: object, limit: int) -> Refusal | None:
     if (at := lone_surrogate(text)) is not None:
         return Refusal(f"text: not Unicode text (a lone surrogate at character {at})")
     if len(text) * 4 > limit and (size := len(text.encode())) > limit:
-        return Refusal(f"text: {size} bytes, at most {limit} are taken")
+        return Refusal(f"text: {size} bytes, at most {limit} are taken", kind=RefusalKind.TOO_LARGE)
     return None
 
 
@@ -137,10 +140,26 @@ def no_room(limits: Limits, open_in_session: int, open_in_all: int) -> Refusal |
         return Refusal(
             f"this session already has {open_in_session} messages waiting; try again later",
             retryable=True,
+            kind=RefusalKind.FULL,
         )
     if open_in_all >= limits.open_messages:
-        return Refusal("the inbox is full; try again later", retryable=True)
+        return Refusal("the inbox is full; try again later", retryable=True, kind=RefusalKind.FULL)
     return None
+
+
+def check_key(key: object) -> None:
+    """Raise `InvalidInput` for what cannot be the key of a session."""
+    if not isinstance(key, SessionKey):
+        raise InvalidInput(f"session: expected a SessionKey, got {type(key).__name__}")
+    for name, text in (("channel", key.channel), ("name", key.name)):
+        if not isinstance(text, str) or lone_surrogate(text) is not None:
+            raise InvalidInput(f"session.{name}: expected Unicode text, got {shown(text)}")
+
+
+def check_limit(limit: object) -> None:
+    """Raise `InvalidInput` for what cannot say how many lines are wanted."""
+    if not isinstance(limit, int):
+        raise InvalidInput(f"limit: expected an integer, got {type(limit).__name__}")
 
 
 def lone_surrogate(text: str) -> int | None:
@@ -250,6 +269,9 @@ class StopPlan:
 DEFAULT_BUDGET: Final = 30.0
 DEFAULT_GRACE: Final = 20.0
 
+LONGEST_BUDGET: Final = 36_500 * 86_400.0
+"""The longest that a configuration can say: what is derived can be written down, too."""
+
 
 def plan_stop(grace: float | None = None, budget: float | None = None) -> StopPlan:
     """Derive every deadline of a stop from one budget (promise 11).
@@ -258,7 +280,7 @@ def plan_stop(grace: float | None = None, budget: float | None = None) -> StopPl
     quarter more, and 5 s, are the budget. Both: the grace is shortened to what fits.
     """
     if budget is None:
-        budget = DEFAULT_BUDGET if grace is None else grace * 1.25 + 5.0
+        budget = DEFAULT_BUDGET if grace is None else min(grace * 1.25 + 5.0, LONGEST_BUDGET)
     if grace is None:
         grace = min(DEFAULT_GRACE, budget * 2 / 3)
     mark = min(2.0, budget * 0.1)
@@ -274,6 +296,45 @@ def plan_stop(grace: float | None = None, budget: float | None = None) -> StopPl
         flush=flush,
         spare=spare,
         clamped=grace > room,
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Allowance:
+    """What whoever supervises a gateway is to give it. All but `burst` in whole seconds."""
+
+    stop: int
+    """From SIGTERM to SIGKILL."""
+    start: int
+    """Until it is ready, without any sign of progress."""
+    watchdog: int
+    """Without a sign of life."""
+    burst: int
+    """Starts within `interval` before it is given up."""
+    interval: int
+
+
+START_ALLOWANCE: Final = 90.0
+LEAST_WATCHDOG: Final = 30.0
+STARTS_A_CRASH: Final = 4
+"""Starts that are allowed for each crash that convicts a turn: some turns may have to be convicted,
+one after the other."""
+
+
+def allow(plan: StopPlan, rules: ResumeRules) -> Allowance:
+    """Derive what a supervisor is to be told from what a stop may take and what crashes mean.
+
+    A stop gets a margin on top of its budget: a third, at least 5 s and at most 30. A loop that
+    gives no sign of life for as long as a whole stop may take (at least 30 s) is dead.
+    """
+    margin = min(max(plan.budget / 3, 5.0), 30.0)
+    burst = max(20, STARTS_A_CRASH * min(rules.max_crashes, 25))
+    return Allowance(
+        stop=ceil(plan.budget + margin),
+        start=ceil(START_ALLOWANCE),
+        watchdog=ceil(max(plan.budget, LEAST_WATCHDOG)),
+        burst=burst,
+        interval=15 * burst,
     )
 
 
@@ -315,25 +376,27 @@ def split_text(text: str, limit: int | None, length: Callable[[str], int] = len)
     if limit is None or length(text) <= limit:
         return (text,)
     parts: list[str] = []
-    while length(text) > limit:
-        cut = _cut(text, limit, length)
-        parts.append(text[:cut])
-        text = text[cut:]
-    if text:
-        parts.append(text)
+    start = 0
+    while start < len(text):
+        end = _end_of_part(text, start, limit, length)
+        parts.append(text[start:end])
+        start = end
     return tuple(parts)
 
 
-def _cut(text: str, limit: int, length: Callable[[str], int]) -> int:
-    end = _longest_prefix(text, limit, length)
-    window = text[:end]
+def _end_of_part(text: str, start: int, limit: int, length: Callable[[str], int]) -> int:
+    end = _longest(text, start, limit, length)
+    if end == len(text):
+        return end
+    window = text[start:end]
     for mark in _BREAKS:
         at = window.rfind(mark)
         # A break that leaves less than a quarter makes more parts, not better ones; and a space
         # can carry a combining mark, so that the grapheme goes on after it.
-        if at >= 0 and (at + len(mark)) * 4 >= end and _ends_grapheme(text, at + len(mark)):
-            return at + len(mark)
-    return _grapheme_boundary(text, end)
+        cut = at + len(mark)
+        if at >= 0 and cut * 4 >= len(window) and _ends_grapheme(text, start + cut):
+            return start + cut
+    return _grapheme_boundary(text, start, end)
 
 
 @cache
@@ -349,26 +412,38 @@ def _ends_grapheme(text: str, end: int) -> bool:
     return match is not None and match.end() == end
 
 
-def _longest_prefix(text: str, limit: int, length: Callable[[str], int]) -> int:
-    """The most characters that fit: `length` grows with the prefix, so halve the interval."""
-    low, high = 1, min(len(text), limit) if length is len else len(text)
+def _longest(text: str, start: int, limit: int, length: Callable[[str], int]) -> int:
+    """Where the longest part ends that begins at `start` and fits; at least one character.
+
+    Costs what fits, not what is left: an agent may say a book. `length` grows with the text, so
+    double what is tried until it does not fit, then halve the interval.
+    """
+    low, high = start + 1, start + max(limit, 1)
+    if length is len:
+        return min(high, len(text))
+    while high < len(text) and length(text[start:high]) <= limit:
+        low, high = high, high + (high - start)
+    high = min(high, len(text))
     while low < high:
         middle = (low + high + 1) // 2
-        if length(text[:middle]) <= limit:
+        if length(text[start:middle]) <= limit:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _grapheme_boundary(text: str, end: int) -> int:
-    """The last boundary between graphemes at or before `end`; `end` itself if there is none."""
-    boundary = 0
-    for match in _grapheme().finditer(text):
+def _grapheme_boundary(text: str, start: int, end: int) -> int:
+    """The last boundary between graphemes after `start`, at or before `end`; `end` itself if there
+    is none."""
+    if text[start : end + 1].isascii():  # where only CR and LF belong together
+        return end - 1 if text[end - 1 : end + 1] == "\r\n" and end - 1 > start else end
+    boundary = start
+    for match in _grapheme().finditer(text, start):
         if match.end() > end:
             break
         boundary = match.end()
-    return boundary or end
+    return boundary if boundary > start else end
 
 
 # ----- names of steps

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
 import attrs
 import trio
 
-from ._errors import StoreError
+from ._errors import StoreError, shown
 from ._events import StoreTrouble
 from ._markers import TurnState
 from ._messages import Delivery, Message, SessionKey
@@ -30,9 +30,13 @@ from ._policy import (
     Verdict,
     judge,
 )
+from ._strangers import theirs
 from .store import BadRow, PendingTurn, Recovered, Settlement, Store
 
 Judged = tuple[PendingTurn, Judgement]
+
+ASK_AGAIN: Final = 1.0
+"""Seconds after which a store that could not be read is read again."""
 
 _ENDS = {
     Verdict.QUARANTINE: (TurnState.QUARANTINED, SORRY_QUARANTINED),
@@ -53,6 +57,10 @@ class House(Protocol):
 
     async def wait_connected(self, channel: str) -> None:
         """Wait until the channel is connected."""
+        ...
+
+    def pulled_channels(self) -> frozenset[str]:
+        """The channels whose sessions have a journal."""
         ...
 
     def place(self, recovered: Recovered) -> None:
@@ -99,7 +107,10 @@ class Recovery:
 
 async def recover(store: Store, house: House, rules: ResumeRules) -> Recovery:
     """Read what is open, judge it, and end what does not resume."""
-    recovered = await store.recover()
+    recovered = await store.recover(house.pulled_channels())
+    if recovered.lost:
+        told = f"{recovered.lost} rows make no sense and were ended; see trio-gateway doctor"
+        house.say(StoreTrouble(operation="boot", error=told))
     house.place(recovered)
     judged = [
         (pending, judge(pending.marker, pending.interrupted_for, rules))
@@ -162,7 +173,9 @@ async def _resume_one(
 ) -> None:
     channel = pending.session.channel
     async with _place(limiter, channel, house):
-        refusal = None if authorize is None else await _still_allowed(pending, store, authorize)
+        refusal = None
+        if authorize is not None:
+            refusal = await _still_allowed(pending, store, house, authorize)
         if refusal is None:
             await house.resume(pending)
         else:
@@ -184,12 +197,15 @@ async def _place(
 
 
 async def _still_allowed(
-    pending: PendingTurn, store: Store, authorize: Callable[[Message], Awaitable[bool]]
+    pending: PendingTurn,
+    store: Store,
+    house: House,
+    authorize: Callable[[Message], Awaitable[bool]],
 ) -> tuple[TurnState, str, str] | None:
     """Ask again: None, or how the turn ends. Put aside, not thrown away: a hook can be wrong, and
     whoever looks into the quarantine can retry it."""
     try:
-        for message in await store.messages_of(pending):
+        for message in await _messages_of(pending, store, house):
             if not await authorize(message):
                 return (
                     TurnState.QUARANTINED,
@@ -198,6 +214,20 @@ async def _still_allowed(
                 )
     except BadRow as bad:
         return TurnState.FAILED, str(bad), SORRY_UNREADABLE
-    except Exception as error:
-        return TurnState.QUARANTINED, f"authorisation failed: {error!r}", SORRY_QUARANTINED
+    except BaseException as error:  # noqa: ASYNC103 - it raises what is not the hook's
+        fault = shown(theirs(error))
+        return TurnState.QUARANTINED, f"authorisation failed: {fault}", SORRY_QUARANTINED  # noqa: ASYNC104
     return None
+
+
+async def _messages_of(pending: PendingTurn, store: Store, house: House) -> tuple[Message, ...]:
+    """What is to be asked about. A disk that is busy for a moment is nobody's fault, and must not
+    put a turn aside."""
+    while True:
+        try:
+            return await store.messages_of(pending)
+        except StoreError as error:
+            if not error.retryable:
+                raise
+            house.say(StoreTrouble(operation="authorise", error=str(error)))
+            await trio.sleep(ASK_AGAIN)

@@ -27,7 +27,8 @@ class Session:
     `open` counts messages that have not reached an end, those on their way into the store
     included; `queued` those in the store that no turn has taken. `busy`: a turn is open, or
     about to be. `pending` is the turn that is to resume, until it does: it keeps the session
-    busy. `accepting` counts commits on their way. `collect`: the next turn takes all.
+    busy. `accepting` counts commits on their way. `collect`: the next turn takes all. `aside`: its
+    turn could not begin, and it waits until that is tried again.
     `misses`: begins in a row that found no mail.
     """
 
@@ -39,6 +40,7 @@ class Session:
     busy: bool = False
     pending: int | None = None
     in_line: bool = False
+    aside: bool = False
     collect: bool = False
     misses: int = 0
     deliveries: int = 0
@@ -69,6 +71,9 @@ class Sessions:
         """The same, in sessions of channels that this gateway does not have."""
         self.door_open: bool = True
         """The door to turns: shut by a stop, never opened again."""
+        self.paused: bool = False
+        """Whether no turn begins for now, though the door is open."""
+        self._shut = trio.Event()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -106,8 +111,13 @@ class Sessions:
         self.open_messages += count
 
     def queue(self, session: Session, count: int) -> None:
-        """`count` messages more (or less) wait in the store; who waits for mail is woken."""
-        session.queued = max(0, session.queued + count)
+        """`count` messages more (or less) wait in the store; who waits for mail is woken.
+
+        Those who wait for commits are woken in any order. So a message can be heard to be taken
+        before it is heard to wait, and the count is below zero for a moment; in the end it is
+        right, because every change is counted once.
+        """
+        session.queued += count
         if session.mail is not None and session.queued > 0:
             session.mail.set()
             session.mail = None
@@ -121,12 +131,22 @@ class Sessions:
             session.mail = trio.Event()
         await session.mail.wait()
 
+    @property
+    def may_begin_turns(self) -> bool:
+        """Whether turns begin at all."""
+        return self.door_open and not self.paused
+
     def shut_door(self) -> None:
         """No turn begins any more. Does not wait, cannot fail."""
         self.door_open = False
+        self._shut.set()
         for session in self._sessions.values():
             if session.mail is not None:
                 session.mail.set()
+
+    async def wait_shut(self) -> None:
+        """Wait until the door is shut."""
+        await self._shut.wait()
 
     @property
     def quiet(self) -> bool:
@@ -139,9 +159,9 @@ class Sessions:
         """Whether a message for this session can begin its turn in the transaction that accepts it:
         nobody is before it, neither in its session nor in line."""
         return (
-            not (session.queued or session.accepting or session.in_line or self._line)
+            not (session.queued > 0 or session.accepting or session.in_line or self._line)
         ) and may_begin(
-            door_open=self.door_open,
+            door_open=self.may_begin_turns,
             connected=self._connected(session.key.channel),
             session_busy=session.busy,
             slots_free=self.slots_free,
@@ -158,9 +178,27 @@ class Sessions:
         self.slots_free += 1
         self.line_up(session)
 
+    def set_aside(self, session: Session, pending: int | None = None) -> None:
+        """Give the slot back without lining the session up, whatever arrives in it: its turn cannot
+        begin for now. `pending` is the turn that it is to resume, which keeps it busy."""
+        session.busy, session.pending = pending is not None, pending
+        session.aside = True
+        self.slots_free += 1
+
+    def bring_back(self, key: SessionKey, pending: PendingTurn | None) -> None:
+        """Line a session up again that was set aside. By its name: it may have ended meanwhile, and
+        begun anew."""
+        session = self.find(key)
+        if session is None or not session.aside:
+            return
+        session.aside = False
+        if pending is None or not self.line_up_resume(pending):
+            self.line_up(session)
+
     def line_up(self, session: Session) -> None:
         """Put the session at the end of the line, if it has mail and no open turn."""
-        if session.queued > 0 and not session.busy and not session.in_line:
+        waits = session.queued > 0 and not session.aside
+        if waits and not session.busy and not session.in_line:
             session.in_line = True
             self._enqueue(Claim(session))
         else:
@@ -175,7 +213,7 @@ class Sessions:
         not keep it busy (any more)."""
         if session.pending != turn:
             return False
-        session.busy, session.pending = False, None
+        session.busy, session.pending, session.aside = False, None, False
         self.line_up(session)
         return True
 
@@ -201,7 +239,7 @@ class Sessions:
 
     def next_claim(self) -> Claim | None:
         """Take the first in line and a slot for it; None if there is nobody, or no slot."""
-        if not self.door_open or self.slots_free <= 0:
+        if not self.may_begin_turns or self.slots_free <= 0:
             return None
         claim = self._first(lambda _: True)
         if claim is not None:
@@ -215,7 +253,7 @@ class Sessions:
 
         None also when a resumed turn is first: it needs a transaction of its own.
         """
-        if not self.door_open:
+        if not self.may_begin_turns:
             return None
         if self._line:
             claim = self._first(lambda claim: claim.pending is None)
@@ -223,7 +261,7 @@ class Sessions:
                 return None
             claim.session.busy = True
             return claim.session
-        return session if session.queued and self._connected(session.key.channel) else None
+        return session if session.queued > 0 and self._connected(session.key.channel) else None
 
     def _first(self, wanted: Callable[[Claim], bool]) -> Claim | None:
         """Take the first in line whose channel is connected, if it is `wanted`."""

@@ -41,6 +41,10 @@ class House(Protocol):
         """The turns that have a child here and are not settled."""
         ...
 
+    def settled(self) -> frozenset[int]:
+        """The turns that have settled since the door was shut, whoever settled them."""
+        ...
+
     def children(self) -> frozenset[int]:
         """The turns whose children have not ended, settled or not."""
         ...
@@ -110,12 +114,14 @@ async def shut_down(
         nursery.cancel_scope.cancel(reason="the drain is over")
     with _timed(phases, "account"):
         await _account(store, house, plan)
-    if marked is None and house.open_turns():
+    if marked is None:  # also where no child is left: a begin may have come back after the door
         marked = await _mark(store, house, plan, reason)
-    interrupted = house.open_turns()
     with _timed(phases, "unwind"):
         await _unwind(house, plan)
-    unresponsive = house.children()
+    # Not before: an agent may answer its cancellation with its reply. And of those that do not end
+    # at all, some have been ended by others (/stop), and will not resume.
+    interrupted = open_before - house.settled()
+    unresponsive = house.children() & interrupted
     return DrainReport(
         reason=reason,
         settled=tuple(sorted(open_before - interrupted)),

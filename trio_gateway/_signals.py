@@ -67,6 +67,9 @@ NOTICE_AFTER: Final = 1.0
 LEAVE_MARKING: Final = 1.0
 """Seconds that the third Ctrl-C waits for the markers, at the most."""
 
+STUMBLE: Final = 0.05
+"""Seconds that the desk waits after an error of its own, so that it does not spin."""
+
 _NOTE: Final = b"\xff"
 _NUMBERS: Final = frozenset(range(1, signal.NSIG))
 
@@ -285,13 +288,23 @@ class SignalDesk:
     def _keep(self) -> None:
         poll = select.poll()
         poll.register(self._read_fd, select.POLLIN)
-        while True:
-            if poll.poll(self._wait()):
-                data = os.read(self._read_fd, 4096)
-                if not data:
-                    return
-                self._read(data)
-            self._act(time.monotonic())
+        open_ = True
+        while open_:
+            try:
+                open_ = self._serve(poll)
+            except Exception:
+                # A machine without memory, say. Nobody else keeps the time: what is due stays due.
+                time.sleep(STUMBLE)
+
+    def _serve(self, poll: select.poll) -> bool:
+        """Wait for what comes next, and do it; False when the desk is closed."""
+        if poll.poll(self._wait()):
+            data = os.read(self._read_fd, 4096)
+            if not data:
+                return False
+            self._read(data)
+        self._act(time.monotonic())
+        return True
 
     def _wait(self) -> float | None:
         """Milliseconds until something is due, or None."""
@@ -336,8 +349,12 @@ class SignalDesk:
     def _set_last_line(self) -> None:
         if self._fuse.lit_at is None:
             return
-        # The C thread needs no interpreter, and cannot be told the exit code: 1.
-        faulthandler.dump_traceback_later(max(0.1, self.time_left), exit=True, file=self._stderr)
+        # The C thread needs no interpreter, and cannot be told the exit code: 1. Where there is no
+        # room for one more thread, the desk itself is the last line.
+        with suppress(RuntimeError, MemoryError):
+            faulthandler.dump_traceback_later(
+                max(0.1, self.time_left), exit=True, file=self._stderr
+            )
 
     def _act(self, now: float) -> None:
         if self._interrupts >= 3:
@@ -372,11 +389,13 @@ class SignalDesk:
 
     def _leave(self, code: int, why: str) -> None:
         """The end. What follows the markers is best effort, and cannot block."""
-        self._mark(min(LEAVE_MARKING, self._fuse.plan.spare / 2))
-        self._tell(f"{why}; leaving with exit code {code}\n")
-        if self._house is not None:
-            self._house.flush(self._fuse.plan.spare / 4)
-        os._exit(code)
+        try:
+            self._mark(min(LEAVE_MARKING, self._fuse.plan.spare / 2))
+            self._tell(f"{why}; leaving with exit code {code}\n")
+            if self._house is not None:
+                self._house.flush(self._fuse.plan.spare / 4)
+        finally:
+            os._exit(code)
 
     def _tell(self, text: str) -> None:
         """Write to standard error as much as there is room for; never wait for a reader."""

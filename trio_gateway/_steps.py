@@ -26,7 +26,14 @@ import orjson
 import trio
 from cattrs.preconf.orjson import make_converter
 
-from ._errors import AgentMisuse, StepInDoubt, StepNotStorable, lone_cause
+from ._errors import (
+    AgentMisuse,
+    StepInDoubt,
+    StepNotStorable,
+    lone_cause,
+    shown,
+    unless_for_want_of_memory,
+)
 from ._policy import lone_surrogate, step_name
 
 T = TypeVar("T")
@@ -52,7 +59,7 @@ class Effect(StrEnum):
             return cls(text)
         except ValueError:
             raise AgentMisuse(
-                f"effect={text!r}: expected 'safe', 'idempotent' or 'unsafe'"
+                f"effect={shown(text)}: expected 'safe', 'idempotent' or 'unsafe'"
             ) from None
 
 
@@ -81,7 +88,7 @@ def dump(what: str, value: object) -> str:
     """`value` as JSON. Raises `StepNotStorable`, naming `what`."""
     try:
         return _converter.dumps(value).decode()
-    except (TypeError, ValueError, cattrs.BaseValidationError) as error:
+    except (TypeError, ValueError, RecursionError, cattrs.BaseValidationError) as error:
         raise StepNotStorable(
             f"{what} is {type(value).__name__!r} and cannot be stored ({lone_cause(error)}):"
             " return JSON values, attrs classes, or None"
@@ -93,6 +100,7 @@ def load(what: str, text: str, kind: Any) -> Any:
     try:
         value = orjson.loads(text)
     except ValueError as error:
+        unless_for_want_of_memory(error)
         raise StepNotStorable(
             f"{what} is damaged in the store and cannot be read back ({error}): catch this error to"
             " go on without it"
@@ -101,6 +109,7 @@ def load(what: str, text: str, kind: Any) -> Any:
         return _converter.structure(value, kind)
     except (TypeError, ValueError, KeyError, AttributeError, cattrs.BaseValidationError,
             cattrs.StructureHandlerNotFoundError) as error:  # fmt: skip
+        unless_for_want_of_memory(error)
         raise StepNotStorable(
             f"{what} does not read back as {getattr(kind, '__name__', kind)!r}"
             f" ({lone_cause(error)}): annotate the function with what it returns"
@@ -169,7 +178,9 @@ class Steps:
 def _storable_name(name: object) -> str:
     """A name that can be kept; else what was done under it could not be remembered."""
     if not isinstance(name, str) or not name or lone_surrogate(name) is not None:
-        raise AgentMisuse(f"step: name={name!r}: expected a text, or None for the function's name")
+        raise AgentMisuse(
+            f"step: name={shown(name)}: expected a text, or None for the function's name"
+        )
     return name
 
 

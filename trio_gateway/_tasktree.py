@@ -29,11 +29,12 @@ def _place(task: trio.lowlevel.Task) -> str:
     """Where the task waits: the innermost line that is not Trio's own."""
     place = ""
     for frame, line in task.iter_await_frames():
-        if not _is_trios(frame):
+        if not is_trios(frame):
             code = frame.f_code
             place = f"{code.co_name} ({code.co_filename}:{line})"
     return place
 
 
-def _is_trios(frame: FrameType) -> bool:
+def is_trios(frame: FrameType) -> bool:
+    """Whether it runs code of Trio itself."""
     return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "trio"

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from enum import Enum
-from typing import Any, Final, TypeVar, cast, overload
+from typing import Any, Final, NoReturn, TypeVar, overload
 
 import attrs
 import trio
@@ -36,6 +36,7 @@ from ._errors import (
     StoreClosed,
     StoreError,
     lone_cause,
+    parted,
     unwrap,
 )
 from ._events import (
@@ -59,15 +60,18 @@ from ._policy import (
     SORRY_TIME,
     SORRY_UNREADABLE,
     Busy,
+    check_limit,
     in_doubt_text,
     retry_delay,
     unicode_text,
 )
 from ._sessions import Session, Sessions
 from ._steps import Effect, Steps
+from ._strangers import is_being_cancelled
 from ._stream import EventStream
-from ._waiters import Waiters
+from ._waiters import Outcome, Waiters
 from .store import (
+    MESSAGE_END,
     BadRow,
     Begin,
     Begun,
@@ -86,6 +90,10 @@ T = TypeVar("T")
 
 RETRY_CAP: Final = 10.0
 """Seconds between two tries of a settle at the most."""
+
+
+MISSES: Final = 100
+"""Begins in a row that find no mail where there is to be some."""
 
 
 class Why(Enum):
@@ -164,6 +172,8 @@ class Turns:
         self._stopped_early: dict[int, Why] = {}
         self._emptied: trio.Event | None = None
         self._opening = 0
+        self.settled_late: set[int] = set()
+        """Turns that have settled since the door was shut, whoever settled them."""
 
     @asynccontextmanager
     async def hosting(self, agent: AsyncAgent) -> AsyncGenerator[None, None]:
@@ -195,6 +205,7 @@ class Turns:
 
     def cancel(self, turn: int, why: Why) -> None:
         """Cancel the child of a turn that somebody else has settled."""
+        self._note_late(turn)
         child = self._open.get(turn)
         if child is not None:
             child.settled = True
@@ -249,8 +260,24 @@ class Turns:
             begun = await self._until_written("begin", desk.store.begin, request)
             if begun is not None:
                 self._go_on(session, begun)
+        except StoreError:
+            session.collect = request.collect
+            self._set_aside(session, None)
         finally:
             self.opened()
+
+    def _set_aside(self, session: Session, pending: PendingTurn | None) -> None:
+        """Something about this very turn is damaged: it must not keep its slot from the others."""
+        self._desk.sessions.set_aside(session, None if pending is None else pending.id)
+        self._nursery.start_soon(self._guard, self._bring_back, session.key, pending)
+        self._after_change()
+
+    async def _bring_back(self, key: SessionKey, pending: PendingTurn | None) -> None:
+        """What is damaged may be mended in a while."""
+        with trio.move_on_after(RETRY_CAP):
+            await self._desk.sessions.wait_shut()
+        self._desk.sessions.bring_back(key, pending)
+        self.dispatch()
 
     def _go_on(self, session: Session, begun: Begun) -> None:
         """Start what a begin found; the session has a slot."""
@@ -261,9 +288,9 @@ class Turns:
             self.start(session, begun.turn)
             return
         session.misses += 1
-        if session.misses > 1:
-            # Once can be a message that was committed just after this begin. Twice in a row can
-            # not: then the count was wrong, and believing it would ask for ever.
+        if session.misses > MISSES:
+            # A few can be news of what took the mail that is still under way. So many can not: the
+            # count is wrong, and believing it would ask for ever.
             session.queued = session.misses = 0
         self._release(session)
 
@@ -298,6 +325,9 @@ class Turns:
             sorry = self.apology(pending, SORRY_UNREADABLE)
             end = pending_end(pending, TurnState.FAILED, str(bad), sorry)
             await self._write_pending_ends([(pending, end)])
+        except StoreError:
+            self._set_aside(session, pending)
+            return
         finally:
             self.opened()
         # It has ended meanwhile, or just now.
@@ -317,7 +347,9 @@ class Turns:
 
     async def _write_pending_ends(self, ends: Sequence[tuple[PendingTurn, Settlement]]) -> None:
         store = self._desk.store
-        settled = await self._until_written("end", store.end_pending, [end for _, end in ends])
+        settled = await self._until_written(
+            "end", store.end_pending, [end for _, end in ends], for_good=True
+        )
         for (pending, end), result in zip(ends, settled or (), strict=False):
             if result.applied:
                 self._note_pending_end(pending, end, result)
@@ -336,9 +368,14 @@ class Turns:
             over.set()
 
     async def _until_written(
-        self, what: str, call: Callable[..., Awaitable[T]], *args: object
+        self,
+        what: str,
+        call: Callable[..., Awaitable[T]],
+        *args: object,
+        for_good: bool = False,
     ) -> T | None:
-        """Write until it is written; None when the door was shut before that."""
+        """Write until it is written; None when the door was shut before that. Raises `StoreError`
+        where trying again does not help, unless it is to be tried again all the same."""
         tries = 0
         while self._desk.sessions.door_open:
             try:
@@ -348,7 +385,11 @@ class Turns:
             except StoreError as error:
                 tries += 1
                 self._desk.events.emit(StoreTrouble(operation=what, error=str(error)))
-                await trio.sleep(retry_delay(tries, random.random(), cap=RETRY_CAP))
+                if not (error.retryable or for_good):
+                    raise
+                with trio.move_on_after(retry_delay(tries, random.random(), cap=RETRY_CAP)):
+                    # A stop does not wait for the next try.
+                    await self._desk.sessions.wait_shut()
         return None
 
     # ----- a child's life
@@ -403,10 +444,10 @@ class Turns:
 
     def _fell_over(self, child: Running, error: BaseException) -> Settlement | None:
         """What an error that came out of an agent means. `sys.exit()` is one like any other."""
-        cancelled, rest = _parted(error, trio.Cancelled)
-        if cancelled is not None:
+        cancelled, rest = parted(error, trio.Cancelled)
+        if cancelled is not None and is_being_cancelled():
             raise cancelled  # by who hosts us, not by us: it goes on its way
-        interrupt, _ = _parted(rest, KeyboardInterrupt)
+        interrupt, _ = parted(rest, KeyboardInterrupt)
         if interrupt is not None:
             # Python raises it wherever it happens to be: it is meant for the host, not the agent.
             self._desk.on_failure(interrupt)
@@ -469,6 +510,7 @@ class Turns:
             except StoreError as error:
                 tries += 1
                 self._disinherit(child, heir, end.next)
+                end.next = None  # a stop may write this end, and must begin nothing with it
                 delay = retry_delay(tries, random.random(), cap=RETRY_CAP)
                 self._desk.events.emit(SettleDelayed(**_who(end), error=str(error), retry_in=delay))
                 if not await self._pause(child, delay):
@@ -496,6 +538,7 @@ class Turns:
         if child.settled:
             return
         child.settled = True
+        self._note_late(child.turn.id)
         if not settled.applied:
             return  # somebody else has ended it, and told
         desk = self._desk
@@ -503,7 +546,12 @@ class Turns:
         desk.outbox.put(settled.deliveries)
         self._say_settled(child, end, settled)
         if desk.waiters:
-            desk.waiters.ended(end.session.channel, [message.id for message in child.messages])
+            ids = [message.id for message in child.messages]
+            desk.waiters.ended(end.session.channel, ids, _outcome(child, end, settled))
+
+    def _note_late(self, turn: int) -> None:
+        if not self._desk.sessions.door_open:
+            self.settled_late.add(turn)
 
     def _hand_over(self, child: Running, settled: Settled, heir: Session | None) -> None:
         """Give the slot to the heir's turn, or back."""
@@ -604,6 +652,15 @@ class Turns:
             events.emit(ReplyCommitted(**_who(end), key=reply.key, text=reply.text, final=True))
 
 
+def _outcome(child: Running, end: Settlement, settled: Settled) -> Outcome | None:
+    """How a turn's messages ended, and all that was said to them: for who waits, so that not each
+    of them asks the store. None where more was said than its last reply."""
+    reply = reply_of(settled.deliveries)
+    if reply is None or end.attempt > 1 or child.handle._said:
+        return None
+    return MESSAGE_END[end.state], (reply,)
+
+
 def note_unreadable(
     desk: Desk, session: Session, unreadable: Iterable[Unreadable], *, waited: bool = True
 ) -> None:
@@ -624,16 +681,6 @@ def _who(end: Settlement) -> dict[str, Any]:
     return {"session": end.session, "turn": end.turn, "attempt": end.attempt}
 
 
-def _parted(
-    error: BaseException | None, kind: type[BaseException]
-) -> tuple[BaseException | None, BaseException | None]:
-    """What in an error is of a kind, and the rest; also where it comes out of a nursery."""
-    if isinstance(error, BaseExceptionGroup):
-        group = cast("BaseExceptionGroup[BaseException]", error)
-        return group.split(kind)
-    return (error, None) if isinstance(error, kind) else (None, error)
-
-
 def _one_line(error: BaseException) -> str:
     return unicode_text(f"{type(error).__name__}: {lone_cause(error)}")
 
@@ -641,7 +688,8 @@ def _one_line(error: BaseException) -> str:
 def apology_for(error: BaseException) -> str:
     """What the sender is told. A step in doubt is named: that is for them to know."""
     error = unwrap(error)
-    return in_doubt_text(error.name) if isinstance(error, StepInDoubt) else SORRY
+    name = getattr(error, "name", None) if isinstance(error, StepInDoubt) else None
+    return in_doubt_text(name) if isinstance(name, str) else SORRY
 
 
 def pending_end(
@@ -767,19 +815,29 @@ class Turn:
                 )
             )
 
-    def progress(self, text: str) -> None:
+    def progress(self, text: str, *, draft: bool = False) -> None:
         """Show what the turn is doing: ephemeral, replaces what was shown before, may be dropped,
-        and is gone when the turn ends. Does not wait."""
-        if not self._closed:
-            _in_loop(self._show, text)
+        and is gone when the turn ends. Does not wait.
 
-    def _show(self, text: str) -> None:
+        `draft`: the text is how the next reply begins, as far as it is written. A channel that
+        streams answers to its clients sends what has been added.
+        """
+        if not self._closed:
+            _in_loop(self._show, text, draft)
+
+    def _show(self, text: str, draft: bool = False) -> None:
         self._showing = bool(text)
         turn = self._turn
         self._desk.links.show(turn.session.channel, turn.session.name, text)
         if self._desk.events.heard:
             self._desk.events.emit(
-                ProgressShown(session=turn.session, turn=turn.id, attempt=turn.attempt, text=text)
+                ProgressShown(
+                    session=turn.session,
+                    turn=turn.id,
+                    attempt=turn.attempt,
+                    text=text,
+                    draft=draft,
+                )
             )
 
     # ----- remembering
@@ -849,7 +907,9 @@ class Turn:
         return _steps.load("the checkpoint", self._checkpoint, Any)
 
     async def history(self, limit: int = 50) -> tuple[HistoryItem, ...]:
-        """The last `limit` lines of this conversation before this turn, oldest first."""
+        """The last `limit` lines of this conversation before this turn, oldest first. Raises
+        `InvalidInput` for a limit that is no number."""
+        check_limit(limit)
         return await self._desk.store.history(self._turn.session, self._turn.id, limit)
 
     # ----- the rest
@@ -870,7 +930,7 @@ class Turn:
         self._must_be_open("take")
         turn = self._turn
         session = None if self._child is None else self._child.session
-        if session is None or not session.queued:
+        if session is None or session.queued <= 0:
             await trio.lowlevel.checkpoint()
             return None
         request = Begin(turn.session, turn.session_id, False)
@@ -880,6 +940,20 @@ class Turn:
             self._desk.sessions.queue(session, -1)
             self._messages.append(taken.message)
         return taken.message
+
+    async def leave(self) -> NoReturn:
+        """Leave this turn where it is, for the next boot: for an agent that is between two steps
+        when the gateway drains, and would begin something long.
+
+        The turn ends at once, as it would at the end of the drain: it is cancelled, resumes, and
+        knows its steps. The drain does not wait for it any longer. Raises `AgentMisuse` as long as
+        the gateway does not drain.
+        """
+        self._must_be_open("leave")
+        if self._child is None or not self.draining.value:
+            raise AgentMisuse("leave: the gateway does not drain: wait for `turn.draining` first")
+        self._child.cancel(Why.DRAINED)
+        await trio.sleep_forever()
 
     def request_restart(self) -> None:
         """Ask the gateway to restart (it exits with 75) once this turn has settled.
@@ -914,6 +988,7 @@ class Turn:
     def _close(self) -> None:
         """The agent's call is over; what was shown goes with it."""
         self._closed = True
+        self._steps = None  # a circle: its memory writes through this turn
         session, links = self._turn.session, self._desk.links
         if self._showing or links.shows_work(session.channel):
             links.show(session.channel, session.name, "")
@@ -959,7 +1034,8 @@ class _Memory:
             return await self._desk.store.remember(*args)
         except StoreClosed as error:
             raise GatewayStopping("the gateway has stopped") from error
-        except StoreError:
+        except StoreError as error:
+            self._desk.events.emit(StoreTrouble(operation="turn", error=str(error)))
             return None  # tried again, as long as the turn is not cancelled
 
     def now(self) -> int:

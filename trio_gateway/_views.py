@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
-from enum import Enum
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, TextIO, cast
 
 import attrs
 
 from ._config import Config
-from ._errors import GatewayError
-from ._logs import escape
+from ._errors import GatewayError, escape
+from ._jsonable import jsonable
 from ._messages import HistoryItem, SessionKey
 from .store import (
     DeadLetter,
@@ -31,7 +29,7 @@ from .store import (
 )
 
 if TYPE_CHECKING:
-    from ._doctor import Finding
+    from ._allowance import Finding
 
 SHORT: Final = 60
 """Characters of a text in a list; `--json` has all of it."""
@@ -136,29 +134,14 @@ def plain(listing: Listing) -> list[str]:
 # ----- values
 
 
-def jsonable(value: object) -> Any:
-    """`value` in JSON's own types: session keys as `channel:name`, times as ISO 8601 in UTC."""
-    if isinstance(value, Enum):
-        return value.value
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    if isinstance(value, SessionKey | Path):
-        return str(value)
-    if isinstance(value, Mapping):
-        items = cast("Mapping[object, object]", value).items()
-        return {str(name): jsonable(inner) for name, inner in items}
-    if isinstance(value, Sequence):
-        return [jsonable(one) for one in cast("Sequence[object]", value)]
-    return jsonable(attrs.asdict(cast("attrs.AttrsInstance", value), recurse=False))
-
-
 def moment(at: datetime | None, *, exact: bool = False) -> str:
     """A time as people here read it: local, with milliseconds if `exact`; `-` for none."""
     if at is None:
         return "-"
-    local = at.astimezone()
+    try:
+        local = at.astimezone()
+    except (OverflowError, ValueError, OSError):
+        local = at  # the year 1 or 9999, out of a damaged row
     if exact:
         return f"{local:%Y-%m-%d %H:%M:%S}.{local.microsecond // 1000:03d}"
     return f"{local:%Y-%m-%d %H:%M:%S}"
@@ -200,7 +183,7 @@ def sessions(rows: Sequence[SessionRow]) -> Listing:
 
 
 def _state(state: str, reason: str | None) -> str:
-    return f"{state} ({reason})" if reason else state
+    return escape(f"{state} ({reason})" if reason else state)
 
 
 def messages(rows: Sequence[MessageRow]) -> Listing:
@@ -211,7 +194,7 @@ def messages(rows: Sequence[MessageRow]) -> Listing:
             (
                 moment(row.accepted_at),
                 cell(row.id),
-                row.state,
+                cell(row.state),
                 cell(row.turn),
                 short(row.text),
                 short(row.error),
@@ -248,7 +231,7 @@ def conversation(items: Sequence[HistoryItem]) -> Listing:
 def timeline(told: Timeline) -> Listing:
     """The life of one message."""
     message = told.message
-    about = f"message {cell(message.id)} of {cell(message.session)}: {message.state}"
+    about = f"message {cell(message.id)} of {cell(message.session)}: {cell(message.state)}"
     return Listing(
         title=f"{about}\n{short(message.text)}",
         columns=("at", "what", "detail"),
@@ -258,7 +241,7 @@ def timeline(told: Timeline) -> Listing:
 
 
 def _timeline_row(entry: TimelineEntry) -> tuple[str, str, str]:
-    return (moment(entry.at, exact=True), entry.what, escape(entry.detail))
+    return (moment(entry.at, exact=True), escape(entry.what), escape(entry.detail))
 
 
 def quarantine(rows: Sequence[QuarantineRow]) -> Listing:

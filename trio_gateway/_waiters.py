@@ -8,13 +8,19 @@ from contextlib import contextmanager
 import attrs
 import trio
 
+from ._messages import Reply
+
+Outcome = tuple[str, tuple[Reply, ...]]
+
 
 @attrs.define(eq=False)
 class Asked:
-    """One message, and those who ask for its answer. `reached` is set when it has its end."""
+    """One message, and those who ask for its answer. `reached` is set when it has its end;
+    `outcome` is that end and all that was said, where whoever ended it knows."""
 
     reached: trio.Event = attrs.field(factory=trio.Event)
     asking: int = 0
+    outcome: Outcome | None = None
 
 
 class Waiters:
@@ -28,14 +34,14 @@ class Waiters:
         self.abandoned: bool = False
 
     @contextmanager
-    def asking(self, channel: str, message_id: str) -> Generator[trio.Event, None, None]:
-        """Ask for a message: an event that is set when it reaches an end in this process. Until the
-        block is left, whoever asks is counted as one who reads the answer."""
+    def asking(self, channel: str, message_id: str) -> Generator[Asked, None, None]:
+        """Ask for a message: what is told when it reaches an end in this process. Until the block
+        is left, whoever asks is counted as one who reads the answer."""
         name = (channel, message_id)
         asked = self._asked.setdefault(name, Asked())
         asked.asking += 1
         try:
-            yield asked.reached
+            yield asked
         finally:
             asked.asking -= 1
             if not asked.asking:
@@ -51,12 +57,15 @@ class Waiters:
     def __bool__(self) -> bool:
         return bool(self._asked)
 
-    def ended(self, channel: str, message_ids: Iterable[str]) -> None:
+    def ended(
+        self, channel: str, message_ids: Iterable[str], outcome: Outcome | None = None
+    ) -> None:
         """Messages have reached an end."""
         for message_id in message_ids:
             asked = self._asked.pop((channel, message_id), None)
             if asked is not None:
                 self._reading.add(asked)
+                asked.outcome = outcome
                 asked.reached.set()
 
     async def wait_told(self) -> None:

@@ -16,10 +16,14 @@ token) that covers the messages, so that both are one transaction.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import trio
 
 from .._messages import Delivery, Intake
+
+if TYPE_CHECKING:
+    from .._gateway import Gateway
 
 
 class Channel(ABC):
@@ -35,6 +39,9 @@ class Channel(ABC):
     `shows_work`  whether it shows by itself that a turn is at work, from the message on; it is then
                   told the end of every turn by `progress(session, "")`, not only of those that
                   showed progress.
+    `pulled`      whether its readers fetch what is said from the store, by their place in the
+                  session's journal, and so miss nothing: a reply has arrived when it is committed,
+                  and `send` is not asked for it.
     `notices`     whether the people behind it want news of the gateway itself (restarts).
     """
 
@@ -43,6 +50,11 @@ class Channel(ABC):
     text_limit: int | None = None
     notices: bool = True
     shows_work: bool = False
+    pulled: bool = False
+
+    def attach(self, gateway: Gateway) -> None:  # noqa: B027 - optional, not forgotten
+        """Called once, before the gateway lives, with the gateway that has this channel: for one
+        that also shows the gateway itself."""
 
     @abstractmethod
     async def serve(self, intake: Intake, *, task_status: trio.TaskStatus[None]) -> None:

@@ -75,6 +75,7 @@ class LineReader:
         self._size = 0
         self._number = 0
         self._ended = False
+        self._back: tuple[Line, ...] = ()
 
     async def receive(self) -> tuple[Line, ...]:
         """All lines that are there, at least one; empty at the end of the input.
@@ -82,12 +83,20 @@ class LineReader:
         A last line without a newline counts. Cancelled, nothing is lost: the next call goes on.
         Raises `ChannelEnded` when the descriptor cannot be read at all (a directory, say).
         """
+        if self._back:
+            await trio.lowlevel.checkpoint()
+            lines, self._back = self._back, ()
+            return lines
         while not self._ended:
             await self._wait_readable()
             if lines := self._feed(self._read()):
                 return lines
         await trio.lowlevel.checkpoint()
         return ()
+
+    def put_back(self, lines: tuple[Line, ...]) -> None:
+        """The next `receive` returns these."""
+        self._back = lines
 
     async def _wait_readable(self) -> None:
         try:
@@ -202,7 +211,11 @@ class FdWriter:
         """
         if sys.platform != "linux":
             await trio.sleep_forever()
-        with select.epoll() as epoll:
+        try:
+            epoll = select.epoll()
+        except OSError:
+            await trio.sleep_forever()  # no descriptor is left; nobody else is to suffer from it
+        with epoll:
             try:
                 # No event asked for: an epoll tells of errors and hang-ups all the same, and is
                 # itself readable when it has something to tell.
@@ -283,7 +296,13 @@ async def serve_lines(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_raise_when_closed, writer)
             while lines := await reader.receive():
-                await take(lines)
+                try:
+                    await take(lines)
+                except trio.Cancelled:
+                    # Not handed in, or not answered: whoever reads next does it, and what was
+                    # accepted all the same is recognised.
+                    reader.put_back(lines)
+                    raise
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise _only(group) from None

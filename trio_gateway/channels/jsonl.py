@@ -26,13 +26,16 @@ from typing import Any, Final, cast
 import orjson
 import trio
 
-from .._errors import GatewayError, InvalidInput
+from .._errors import GatewayError, InvalidInput, StoreError
 from .._messages import Delivery, Intake, Message, Receipt, ReceiptStatus
 from . import Channel
 from ._fds import FdWriter, Line, LineReader, serve_lines
 
 _NEEDED: Final = ("session", "id", "text")
 _OPTIONAL: Final = ("sender",)
+
+_SHOWN: Final = 5
+"""Unknown fields that an error names: a line can have a million of them."""
 
 
 class JsonlChannel(Channel):
@@ -84,17 +87,28 @@ async def _take_in(lines: Sequence[Line], intake: Intake, channel: str) -> list[
     """Hand in what is acceptable among `lines`, together; return what there is to say, in order."""
     read = [_read_line(line, channel) for line in lines]
     messages = [message for message in read if isinstance(message, Message)]
-    try:
-        receipts = iter(await intake.accept(*messages) if messages else ())
-    except GatewayError as error:
-        return [
-            _not_stored(line, result, error, intake)
-            for line, result in zip(lines, read, strict=True)
-        ]
+    answers = iter(await _accept(messages, intake) if messages else ())
     return [
-        _receipt(next(receipts)) if isinstance(result, Message) else _bad(line, result, intake)
+        _answer(line, next(answers)) if isinstance(result, Message) else _bad(line, result, intake)
         for line, result in zip(lines, read, strict=True)
     ]
+
+
+async def _accept(messages: Sequence[Message], intake: Intake) -> Sequence[Receipt | GatewayError]:
+    """Hand in together what came together. What the store will never take (a damaged row of one
+    session) must not keep its neighbours out: then one by one."""
+    try:
+        return await intake.accept(*messages)
+    except GatewayError as error:
+        if len(messages) == 1 or (isinstance(error, StoreError) and error.retryable):
+            return [error] * len(messages)
+    return [answer for message in messages for answer in await _accept([message], intake)]
+
+
+def _answer(line: Line, answer: Receipt | GatewayError) -> bytes:
+    if isinstance(answer, GatewayError):
+        return _error(line, f"not accepted, send it again: {answer}")
+    return _receipt(answer)
 
 
 def _receipt(receipt: Receipt) -> bytes:
@@ -108,12 +122,6 @@ def _receipt(receipt: Receipt) -> bytes:
 def _bad(line: Line, error: str, intake: Intake) -> bytes:
     intake.refused_input(f"line {line.number}", error)
     return _error(line, error)
-
-
-def _not_stored(line: Line, result: Message | str, error: GatewayError, intake: Intake) -> bytes:
-    if isinstance(result, str):
-        return _bad(line, result, intake)
-    return _error(line, f"not accepted, send it again: {error}")
 
 
 def _error(line: Line, error: str) -> bytes:
@@ -151,7 +159,8 @@ def _message(fields: dict[str, Any], channel: str) -> Message:
     if missing := [name for name in _NEEDED if name not in fields]:
         raise InvalidInput(f"missing: {', '.join(missing)}")
     if extra := [name for name in fields if name not in (*_NEEDED, *_OPTIONAL)]:
-        raise InvalidInput(f"unknown: {', '.join(map(_shown, extra))}")
+        more = f" and {len(extra) - _SHOWN} more" if len(extra) > _SHOWN else ""
+        raise InvalidInput(f"unknown: {', '.join(map(_shown, extra[:_SHOWN]))}{more}")
     return Message(
         session=_string(fields, "session"),
         id=_string(fields, "id"),

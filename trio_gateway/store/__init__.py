@@ -6,9 +6,9 @@ Whoever writes a second store keeps these rules; `testing.check_store` holds it 
    knows of. A commit whose outcome is unknown is asked again: every verb may be run twice.
 2. Changes take effect in the order in which the verbs were called.
 3. A caller that waits for a change cannot be cancelled out of knowing its outcome (but for
-   `mark_resume_pending` and `clear_resume_pending`, whose deadline is the stop's). `settle`,
-   `remember` and `delivered` tell what has happened already: they are written also for a caller
-   that is cancelled when it calls.
+   `mark_resume_pending`, `clear_resume_pending`, `notify` and `end_epoch`, whose deadline is the
+   stop's: the write itself goes on). `settle`, `remember` and `delivered` tell what has happened
+   already: they are written also for a caller that is cancelled when it calls.
 4. Every change of a marker is a compare-and-set on (state, attempt, epoch). No verb assumes that
    this process is the only one: what a second gateway changed is seen and respected.
 5. No verb costs more as stored sessions grow; boot costs what is open.
@@ -16,19 +16,22 @@ Whoever writes a second store keeps these rules; `testing.check_store` holds it 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
 
 from .._markers import ResumeReason
 from .._messages import Cursor, Delivery, HistoryItem, Message, Reply, SessionKey
 from ._codec import BadRow
+from ._database import SENSELESS
 from ._ledger import MESSAGE_END, Ledger, reply_of
 from ._lock import holder_of
 from ._reads import (
     Counts,
     DeadLetter,
+    JournalEntry,
     MessageRow,
     OpenTurnRow,
+    OutboxRow,
     QuarantineRow,
     SessionRow,
     StoreReader,
@@ -40,6 +43,7 @@ from ._records import (
     Arrival,
     Begin,
     Begun,
+    Draft,
     Forgotten,
     NewReply,
     OpenTurn,
@@ -56,6 +60,8 @@ from ._records import (
 )
 from ._sqlite import SqliteStore, edit_store, open_store, read_store
 
+T = TypeVar("T")
+
 
 class Store(Protocol):
     """What the flow asks of a store. See the module for the rules that all verbs keep.
@@ -69,8 +75,10 @@ class Store(Protocol):
         """Who this store is; keys of replies and steps begin with it."""
         ...
 
-    async def recover(self) -> Recovered:
-        """Open an epoch: charge what dead epochs left RUNNING, and return all that is open."""
+    async def recover(self, pulled: frozenset[str] = frozenset()) -> Recovered:
+        """Open an epoch: charge what dead epochs left RUNNING, and return all that is open.
+        `pulled` are the channels whose sessions have a journal, and whose replies have arrived
+        when they are committed."""
         ...
 
     async def touch(self) -> None:
@@ -159,6 +167,11 @@ class Store(Protocol):
         """Put notices into the outbox, one per session, `what` and epoch at the most."""
         ...
 
+    async def note_drafts(self, drafts: Sequence[Draft]) -> None:
+        """Put the growing texts of replies into the journal. Those of attempts that are over are
+        left out."""
+        ...
+
     def sending(self, delivery: int) -> Awaitable[None]:
         """Note that a delivery goes over a wire that cannot recognise a repeat."""
         ...
@@ -205,9 +218,31 @@ class Store(Protocol):
         """Every open turn and its marker."""
         ...
 
+    async def inspect(self, question: Callable[[StoreReader], T]) -> T:
+        """Let `question` read the store; what it returns."""
+        ...
+
+    async def requeue_quarantined(self, turn: int) -> WaitingSession | None:
+        """The messages of a quarantined turn wait once more: in which session, and how many. None:
+        no such turn."""
+        ...
+
+    async def drop_quarantined(self, turn: int) -> tuple[str, ...]:
+        """The messages of a quarantined turn end for good: their ids."""
+        ...
+
+    async def resend_dead(self, delivery: int) -> Delivery | None:
+        """A dead letter is on its way once more. None: no such dead letter."""
+        ...
+
+    async def drop_dead(self, delivery: int) -> bool:
+        """Give a dead letter up for good. False: no such dead letter."""
+        ...
+
 
 __all__ = [
     "MESSAGE_END",
+    "SENSELESS",
     "Admitted",
     "Arrival",
     "BadRow",
@@ -215,12 +250,15 @@ __all__ = [
     "Begun",
     "Counts",
     "DeadLetter",
+    "Draft",
     "Forgotten",
+    "JournalEntry",
     "Ledger",
     "MessageRow",
     "NewReply",
     "OpenTurn",
     "OpenTurnRow",
+    "OutboxRow",
     "PendingTurn",
     "QuarantineRow",
     "Recovered",

@@ -9,7 +9,16 @@ from typing import Any, Final, Protocol, TypeAlias, cast
 
 import apsw
 
-from .._errors import StoreBusy, StoreCorrupt, StoreError, StoreFull, StoreIOError
+from .._errors import (
+    GatewayError,
+    StoreBusy,
+    StoreCorrupt,
+    StoreError,
+    StoreFull,
+    StoreIOError,
+    StoreSchemaError,
+    words_of,
+)
 
 Row: TypeAlias = tuple[Any, ...]
 Values: TypeAlias = Sequence[Any]
@@ -82,14 +91,62 @@ _KINDS: Final[tuple[tuple[type[apsw.Error], type[StoreError], str], ...]] = (
     (apsw.NotADBError, StoreCorrupt, "the file is not a database"),
     (apsw.BusyError, StoreBusy, "another process keeps the database locked"),
     (apsw.LockedError, StoreBusy, "another connection keeps the database locked"),
+    (apsw.SQLError, StoreSchemaError, "its tables are not those of a gateway"),
     (apsw.ReadOnlyError, StoreIOError, "the database cannot be written: look at its permissions"),
     (apsw.CantOpenError, StoreIOError, "the database file cannot be opened"),
     (apsw.IOError, StoreIOError, "the disk failed"),
 )
 
 
+def select(db: Database, statement: str, values: Values = ()) -> list[Row]:
+    """All rows of a query.
+
+    What the database calls text need not be one, if a bit fell over: then what is no UTF-8 in it
+    is read as an escape (`\\xff`), so that one bad row does not keep the others from being read.
+    """
+    try:
+        return list(db.execute(statement, values))
+    except UnicodeDecodeError:
+        return _select_leniently(db, statement, values)
+
+
+def _select_leniently(db: Database, statement: str, values: Values) -> list[Row]:
+    import apsw.ext  # slow to import, and never needed while all is well
+
+    info: Any = apsw.ext
+    count = len(info.query_info(db, statement).description)
+    names = [f"c{n}" for n in range(count)]
+    cells = ", ".join(f"typeof({name}) = 'text', {_raw(name)}" for name in names)
+    given = f"WITH given ({', '.join(names)}) AS MATERIALIZED ({statement}) "
+    found = db.execute(given + f"SELECT {cells} FROM given", values)  # noqa: S608 - our own words
+    return [
+        tuple(
+            cell.decode(errors="backslashreplace") if is_text else cell
+            for is_text, cell in zip(row[::2], row[1::2], strict=True)
+        )
+        for row in found
+    ]
+
+
+def _raw(name: str) -> str:
+    return f"CASE typeof({name}) WHEN 'text' THEN CAST({name} AS BLOB) ELSE {name} END"
+
+
+SENSELESS: Final = (TypeError, ValueError, OverflowError)
+"""What comes of a row that makes no sense; callers' values were looked at before. A page that took
+another's place shows what is in it as rows of another table, of any type."""
+
+
 def translate(error: BaseException) -> BaseException:
-    """Our error for one of the database's; any other error as it is."""
+    """Our error for one of the database's, and for what comes of a row that makes no sense; any
+    other error as it is."""
+    made: StoreError
+    if isinstance(error, SENSELESS) and not isinstance(error, GatewayError):
+        made = StoreCorrupt(
+            f"a row of the database makes no sense ({type(error).__name__}: {words_of(error)})"
+        )
+        made.__cause__ = error
+        return made
     if not isinstance(error, apsw.Error):
         return error
     for foreign, ours, meaning in _KINDS:

@@ -26,13 +26,27 @@ from .._messages import (
     SessionKey,
 )
 from .._policy import Command
-from ._codec import BadRow, dump_body, dump_ids, load_delivery, load_json, load_message, load_text
-from ._database import Database
+from ._codec import (
+    MOST_TRIES,
+    BadRow,
+    dump_body,
+    dump_draft,
+    dump_ids,
+    load_delivery,
+    load_json,
+    load_message,
+    load_name,
+    load_reason,
+    load_store_id,
+    load_text,
+)
+from ._database import Database, Row, Values, select
 from ._records import (
     Admitted,
     Arrival,
     Begin,
     Begun,
+    Draft,
     Forgotten,
     NewReply,
     OpenTurn,
@@ -58,6 +72,9 @@ MESSAGE_END: Final = {
 }
 """The end that a turn's messages reach with it."""
 
+LOST: Final = "its session is gone: the row was damaged"
+"""What is noted of what can be answered to nobody."""
+
 COLLECT_AT_MOST: Final = 1000
 
 SEEN_EVERY: Final = 1_000_000
@@ -74,6 +91,12 @@ def _one(rows: Iterable[tuple[Any, ...]]) -> tuple[Any, ...] | None:
     return found[0] if found else None
 
 
+def _ids(rows: Iterable[tuple[Any, ...]]) -> tuple[str, ...]:
+    """Message ids that a statement returned, as bytes: one that cannot be read must not keep the
+    statement from being carried out."""
+    return tuple([row[0].decode(errors="backslashreplace") for row in rows])
+
+
 class Ledger:
     """The writes of one store in one epoch. Used by one thread at a time: the writer's."""
 
@@ -83,11 +106,20 @@ class Ledger:
         self._clock = clock
         self._now = clock.now()
         self._known: dict[SessionKey, tuple[int, int]] = {}
+        self._pulled: frozenset[str] = frozenset()
         self._epoch = 0
         self._seen_up = -SEEN_EVERY
-        self._store_id: str = next(iter(self._run(query("store_id"))))[0]
-        newest = next(iter(self._run(query("newest_turn"))))[0]
-        self._last_turn: int = newest
+        self._store_id = load_store_id(self._first("store_id"))
+        self._last_turn: int = (self._first("newest_turn") or (0,))[0]
+
+    def _all(self, name: str, values: Values = ()) -> list[Row]:
+        """All rows of a query."""
+        return select(self._db, query(name), values)
+
+    def _first(self, name: str, values: Values = ()) -> Row | None:
+        """Its first row, if it has one."""
+        found = select(self._db, query(name), values)
+        return found[0] if found else None
 
     @property
     def store_id(self) -> str:
@@ -111,29 +143,65 @@ class Ledger:
 
     # ----- boot and end
 
-    def recover(self) -> Recovered:
-        """Open an epoch, charge what the last one left RUNNING, and list all that is open."""
+    def recover(self, pulled: frozenset[str] = frozenset()) -> Recovered:
+        """Open an epoch, charge what the last one left RUNNING, and list all that is open.
+        `pulled` are the channels whose sessions have a journal."""
         now = self._now
-        ending = _one(self._run(query("last_ending")))
+        self._pull(pulled)
+        ending = self._first("last_ending")
         self._run(query("add_epoch"), (os.getpid(), now.machine, now.wall, now.wall, now.up))
         self._epoch = self._db.last_insert_rowid()
-        self._run(query("charge_crashed"), (self._epoch,))
+        lost = self._end_lost(now.wall)
+        self._run(query("charge_crashed"))
         self._run(query("drop_old_notices"), (self._epoch,))
         self._run(query("doubt_sending"))
-        (open_messages,) = _one(self._run(query("count_open"))) or (0,)
+        (open_messages,) = self._first("count_open") or (0,)
+        deliveries, unreadable = self._open_deliveries()
         return Recovered(
             epoch=self._epoch,
             previous_stop=ending[0] if ending else "first",
-            turns=tuple(
-                self._pending_turn(row, now) for row in list(self._run(query("pending_turns")))
-            ),
+            turns=tuple(self._pending_turn(row, now) for row in self._all("pending_turns")),
             waiting=tuple(
                 WaitingSession(SessionKey(channel, name), session, count)
-                for channel, name, session, count, _ in self._run(query("waiting_sessions"))
+                for channel, name, session, count, _ in self._all("waiting_sessions")
             ),
-            deliveries=tuple(load_delivery(row) for row in self._run(query("open_deliveries"))),
+            deliveries=deliveries,
             open_messages=open_messages,
+            lost=lost + unreadable,
         )
+
+    def _pull(self, channels: frozenset[str]) -> None:
+        """From here on these channels' sessions have a journal, and no others."""
+        self._pulled = channels
+        known = {name for (name,) in self._all("pulled_channels")}
+        for name in known - channels:
+            self._run(query("pull_no_more"), (name,))
+        for name in channels - known:
+            self._run(query("pull"), (name,))
+            # What was on its way to a channel of that name is there to be fetched.
+            self._run(query("arrive_pulled"), (self._now.wall, name))
+
+    def _end_lost(self, now: int) -> int:
+        """End what can be answered to nobody, because its session is gone; return how much."""
+        turns = list(self._run(query("end_lost_turns"), (now, LOST)))
+        for (turn,) in turns:
+            self._run(query("end_messages_of"), ("failed", now, LOST, turn))
+        lost = len(turns)
+        for name, values in (("end_lost_messages", (now, LOST)), ("bury_lost_deliveries", (LOST,))):
+            self._run(query(name), values)
+            lost += self._db.changes()
+        return lost
+
+    def _open_deliveries(self) -> tuple[tuple[Delivery, ...], int]:
+        """What is on its way, and how many rows were no deliveries: dead letters from now on."""
+        good: list[Delivery] = []
+        rows = self._all("open_deliveries")
+        for row in rows:
+            try:
+                good.append(load_delivery(row))
+            except BadRow as bad:
+                self._run(query("delivery_dead"), (0, str(bad), row[0]))
+        return tuple(good), len(rows) - len(good)
 
     def _pending_turn(self, row: tuple[Any, ...], now: Instant) -> PendingTurn:
         turn, session_id, channel, name, attempt, reason, crashes, interruptions = row[:8]
@@ -143,7 +211,7 @@ class Ledger:
             session=SessionKey(channel, name),
             session_id=session_id,
             marker=Marker(
-                TurnState.RESUME_PENDING, attempt, ResumeReason(reason), crashes, interruptions
+                TurnState.RESUME_PENDING, attempt, load_reason(reason), crashes, interruptions
             ),
             interrupted_for=time_between(marked, now),
             message_ids=self._message_ids(turn),
@@ -221,7 +289,7 @@ class Ledger:
         known = self._known.get(key)
         if known is not None:
             return known
-        row = _one(self._run(query("session_id"), (key.channel, key.name)))
+        row = self._first("session_id", (key.channel, key.name))
         if row is None:
             self._run(query("add_session"), (key.channel, key.name))
             row = (self._db.last_insert_rowid(), 0)
@@ -281,7 +349,7 @@ class Ledger:
         if admitted.resolved:
             return _policy.STOPPED_TEXT
         waiting = list(self._run(query("stop_waiting"), (now, admitted.session_id)))
-        admitted.resolved = tuple(row[0] for row in waiting)
+        admitted.resolved = _ids(waiting)
         admitted.queued = -len(waiting)
         return _policy.STOPPED_TEXT if waiting else _policy.NOTHING_TO_STOP
 
@@ -299,11 +367,11 @@ class Ledger:
 
     def stop_by_key(self, key: SessionKey) -> tuple[int | None, tuple[str, ...]]:
         """`stop_session` for whoever knows only the key."""
-        row = _one(self._run(query("session_id"), (key.channel, key.name)))
+        row = self._first("session_id", (key.channel, key.name))
         return (None, ()) if row is None else self.stop_session(row[0], _policy.STOPPED_BY_HOST)
 
     def _retry_last(self, admitted: Admitted) -> str:
-        row = _one(self._run(query("last_unanswered"), (admitted.session_id,)))
+        row = self._first("last_unanswered", (admitted.session_id,))
         if row is None or row[2] == "answered":
             return _policy.NOTHING_TO_RETRY
         admitted.queued = admitted.reopened = len(self._requeue(seq=row[0], turn=row[1]))
@@ -314,11 +382,11 @@ class Ledger:
             rows = list(self._run(query("retry_message"), (seq,)))
         else:
             rows = list(self._run(query("retry_turn_messages"), (turn,)))
-        return tuple(row[0] for row in rows)
+        return _ids(rows)
 
     def _status(self, session_id: int) -> str:
-        row = _one(self._run(query("open_turn_of"), (session_id,)))
-        (waiting,) = _one(self._run(query("count_waiting"), (session_id,))) or (0,)
+        row = self._first("open_turn_of", (session_id,))
+        (waiting,) = self._first("count_waiting", (session_id,)) or (0,)
         state, attempt = (row[1], row[2]) if row else (None, 0)
         return _policy.status_text(state, attempt, waiting)
 
@@ -335,8 +403,13 @@ class Ledger:
                     good.append((seq, load_message(request.session, message_id, body)))
                 except BadRow as bad:
                     unreadable.append(self._give_up(request, seq, message_id, str(bad), now))
-            if good:
+            if not good:
+                continue
+            try:
                 turn = self._begin_with(request, good, rows[0][3], rows[0][4], now)
+            except BadRow as bad:
+                unreadable += [self._give_up(request, n, m.id, str(bad), now) for n, m in good]
+            else:
                 return Begun(turn, tuple(unreadable))
         return Begun(None, tuple(unreadable))
 
@@ -344,10 +417,10 @@ class Ledger:
         """What the next turn takes. All that waits, too, where a turn was stopped for a newer
         message: that is on disk, so the next one gets both also after a crash in between."""
         limit = COLLECT_AT_MOST if request.collect else 1
-        rows = list(self._run(query("waiting_messages"), (request.session_id, limit)))
+        rows = self._all("waiting_messages", (request.session_id, limit))
         if limit == 1 and rows and rows[0][3] is not None and self._was_replaced(rows[0][3]):
             limit = COLLECT_AT_MOST
-            rows = list(self._run(query("waiting_messages"), (request.session_id, limit)))
+            rows = self._all("waiting_messages", (request.session_id, limit))
         return rows
 
     def _begin_with(
@@ -358,6 +431,8 @@ class Ledger:
         conversation: int,
         now: int,
     ) -> OpenTurn:
+        goes_on = retry_of is not None and not self._was_replaced(retry_of)
+        steps = self._steps(retry_of) if retry_of is not None and goes_on else None
         turn_id = self._new_turn_id()
         self._be_seen()
         self._run(
@@ -372,16 +447,16 @@ class Ledger:
             session_id=request.session_id,
             attempt=1,
             messages=tuple(message for _, message in taken),
+            steps=steps,
         )
-        if retry_of is not None and not self._was_replaced(retry_of):
+        if goes_on:
             self._run(query("copy_steps"), (turn_id, retry_of))
-            turn.steps = self._steps(turn_id)
         return turn
 
     def _was_replaced(self, turn: int) -> bool:
         """Whether a turn was stopped for a newer message: the next one has another question to
         answer, and what the first remembered may be the answer to the wrong one."""
-        row = _one(self._run(query("why_ended"), (turn,)))
+        row = self._first("why_ended", (turn,))
         return row is not None and row[0] == _policy.REPLACED
 
     def _give_up(self, request: Begin, seq: int, message_id: str, why: str, now: int) -> Unreadable:
@@ -407,18 +482,24 @@ class Ledger:
     def resume(self, pending: PendingTurn) -> OpenTurn | None:
         """Begin the next attempt of an interrupted turn. None: it has ended meanwhile.
 
-        Messages that cannot be read end. Raises `BadRow` if that is all of them.
+        Messages that cannot be read end. Raises `BadRow` if that is all of them, and for a turn
+        that makes no sense.
         """
-        messages, bad = self._read(pending)
         key = (pending.id, pending.marker.attempt)
+        if pending.marker.attempt > MOST_TRIES:
+            raise BadRow(f"it says that it was tried {pending.marker.attempt} times")
         self._be_seen()
         self._run(query("keep_attempt"), key)
         self._run(query("resume_turn"), (self._epoch, self._now.wall, *key))
         if not self._db.changes():
             return None
-        checkpoint, restart_asked, reason, at = _one(
-            self._run(query("resumed_turn"), (pending.id,))
-        ) or (None, 0, "crash", 0)
+        messages, bad = self._read(pending)
+        checkpoint, restart_asked, reason, at = self._first("resumed_turn", (pending.id,)) or (
+            None,
+            0,
+            "crash",
+            0,
+        )
         return OpenTurn(
             id=pending.id,
             session=pending.session,
@@ -426,7 +507,7 @@ class Ledger:
             attempt=pending.marker.attempt + 1,
             messages=messages,
             unreadable=self._give_up_all(pending, bad),
-            resumed=Resumed(ResumeReason(reason), as_datetime(at), pending.marker.attempt),
+            resumed=Resumed(load_reason(reason), as_datetime(at), pending.marker.attempt),
             checkpoint=load_json(checkpoint),
             steps=self._steps(pending.id),
             restart_asked=bool(restart_asked),
@@ -443,13 +524,13 @@ class Ledger:
         """The messages that can be read, and number, id and fault of those that cannot."""
         good: list[Message] = []
         bad: list[tuple[int, str, BadRow]] = []
-        for message_id, body, seq in list(self._run(query("messages_of"), (pending.id,))):
+        for message_id, body, seq in self._all("messages_of", (pending.id,)):
             try:
                 good.append(load_message(pending.session, message_id, body))
             except BadRow as fault:
                 bad.append((seq, message_id, fault))
-        if bad and not good:
-            raise bad[0][2]
+        if not good:
+            raise bad[0][2] if bad else BadRow("it has no message any more")
         return tuple(good), bad
 
     def _give_up_all(
@@ -463,13 +544,16 @@ class Ledger:
         )
 
     def _message_ids(self, turn: int) -> tuple[str, ...]:
-        return tuple(row[0] for row in list(self._run(query("message_ids_of"), (turn,))))
+        return tuple([row[0] for row in self._all("message_ids_of", (turn,))])
 
     def _steps(self, turn: int) -> dict[str, Step]:
-        return {
-            name: Step(name, state == "done", load_json(result))
-            for name, state, result in list(self._run(query("steps_of"), (turn,)))
-        }
+        """What a turn remembers. Raises `BadRow` for a step that cannot be told by its name: it
+        would be done again."""
+        steps = [
+            Step(load_name(name), state == "done", load_json(result))
+            for name, state, result in self._all("steps_of", (turn,))
+        ]
+        return {step.name: step for step in steps}
 
     def settle(self, end: Settlement) -> Settled:
         """End a turn: marker, messages, reply and the next turn of a session, together."""
@@ -481,28 +565,31 @@ class Ledger:
             deliveries = self._end_with(end, now)
         elif self._settled_before(end):
             # An earlier commit of this same settle returned an error and was durable all the same.
-            rows = list(self._run(query("deliveries_of"), (end.turn,)))
+            rows = self._all("deliveries_of", (end.turn,))
             deliveries = tuple(load_delivery(row) for row in rows)
         else:
             return Settled(False, next=self.begin(end.next) if end.next else None)
         return Settled(True, deliveries, self.begin(end.next) if end.next else None)
 
     def _end_with(self, end: Settlement, now: int) -> tuple[Delivery, ...]:
+        # The reply first: whoever reads the journal finds it before the end of its messages.
+        deliveries = () if end.reply is None else self._insert_last(end, end.reply)
         error = None if end.state is TurnState.COMPLETED else end.error
         self._run(query("end_messages_of"), (MESSAGE_END[end.state], now, error, end.turn))
-        if end.reply is None:
-            return ()
+        return deliveries
+
+    def _insert_last(self, end: Settlement, reply: NewReply) -> tuple[Delivery, ...]:
         return self._insert(
             end.session,
             end.session_id,
-            end.reply,
+            reply,
             f"{self._store_id}-{end.turn}-end",
             attempt=end.attempt,
             turn=end.turn,
         )
 
     def _settled_before(self, end: Settlement) -> bool:
-        return _one(self._run(query("turn_fate"), (end.turn,))) == (
+        return self._first("turn_fate", (end.turn,)) == (
             end.state,
             end.attempt,
             self._epoch,
@@ -540,7 +627,7 @@ class Ledger:
             return Taken(None)
         now = self._now.wall
         unreadable: list[Unreadable] = []
-        while row := _one(self._run(query("waiting_messages"), (request.session_id, 1))):
+        while row := self._first("waiting_messages", (request.session_id, 1)):
             seq, message_id, body, _, _ = row
             try:
                 message = load_message(request.session, message_id, body)
@@ -578,7 +665,7 @@ class Ledger:
         return bool(self._db.changes())
 
     def _is_open(self, turn: int, attempt: int) -> bool:
-        return _one(self._run(query("is_open"), (turn, attempt, self._epoch))) is not None
+        return self._first("is_open", (turn, attempt, self._epoch)) is not None
 
     # ----- replies
 
@@ -638,7 +725,8 @@ class Ledger:
         now = self._now.wall
         about = dump_ids(reply.about)
         parts = len(reply.parts)
-        state, arrived_at = ("delivered", now) if reply.arrived else ("pending", None)
+        arrived = reply.arrived or session.channel in self._pulled
+        state, arrived_at = ("delivered", now) if arrived else ("pending", None)
         made: list[Delivery] = []
         for part, text in enumerate(reply.parts, 1):
             part_key = key if parts == 1 else f"{key}.{part}"
@@ -670,6 +758,15 @@ class Ledger:
             )
         return tuple(made)
 
+    def note_drafts(self, drafts: Sequence[Draft]) -> None:
+        """Put the growing texts of replies into the journal: drafts of turns that are open in this
+        attempt, the others are left out."""
+        now = self._now.wall
+        for draft in drafts:
+            if self._is_open(draft.turn, draft.attempt):
+                detail = dump_draft(draft)
+                self._run(query("add_draft"), (now, draft.attempt, detail, draft.turn))
+
     # ----- the outbox
 
     def sending(self, delivery: int) -> None:
@@ -699,17 +796,34 @@ class Ledger:
 
     def retry_quarantined(self, turn: int) -> tuple[str, ...]:
         """The messages of a quarantined turn wait once more: their ids. Empty: no such turn."""
-        if _one(self._run(query("quarantined_turn"), (turn,))) is None:
+        if self._first("quarantined_turn", (turn,)) is None:
             return ()
         return self._requeue(seq=0, turn=turn)
 
+    def requeue_quarantined(self, turn: int) -> WaitingSession | None:
+        """The same, for a gateway that runs: the session, and how many of its messages wait once
+        more. None: no such turn."""
+        row = self._first("quarantined_session", (turn,))
+        if row is None:
+            return None
+        channel, name, session_id = row
+        count = len(self._requeue(seq=0, turn=turn))
+        return WaitingSession(SessionKey(channel, name), session_id, count)
+
     def drop_quarantined(self, turn: int) -> tuple[str, ...]:
         """The messages of a quarantined turn end for good: their ids. Empty: no such turn."""
-        return tuple(row[0] for row in list(self._run(query("drop_quarantined"), (turn,))))
+        return _ids(self._run(query("drop_quarantined"), (turn,)))
 
     def retry_dead(self, delivery: int) -> bool:
         """Send a dead letter once more. False: no such dead letter."""
         return _one(self._run(query("retry_dead"), (delivery,))) is not None
+
+    def resend_dead(self, delivery: int) -> Delivery | None:
+        """The same, for a gateway that runs: the delivery. None: no such dead letter."""
+        if not self.retry_dead(delivery):
+            return None
+        row = self._first("one_delivery", (delivery,))
+        return None if row is None else load_delivery(row)
 
     def drop_dead(self, delivery: int) -> bool:
         """Give a dead letter up. False: no such dead letter."""
@@ -720,7 +834,7 @@ class Ledger:
     def forget(self, after_seq: int, keep: int, remember: int, at_most: int = 500) -> Forgotten:
         """One bite: forget texts that ended before `keep` and ids that ended before `remember`
         (microseconds since 1970), going up from `after_seq`."""
-        rows = list(self._run(query("old_messages"), (after_seq, at_most)))
+        rows = self._all("old_messages", (after_seq, at_most))
         texts = messages = 0
         for seq, _, turn, _, ended_at, has_text in rows:
             if ended_at is None:
@@ -732,6 +846,7 @@ class Ledger:
                 texts += 1
                 self._forget_text(seq, turn)
         self._run(query("forget_loose"), (remember,))
+        self._run(query("forget_journal"), (keep, at_most))
         done = len(rows) < at_most
         return Forgotten(texts, messages, None if done else int(rows[-1][0]))
 

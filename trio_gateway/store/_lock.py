@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from .._errors import StoreInUse, StoreIOError
@@ -18,20 +19,35 @@ class StoreLock:
         self._fd: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock. Raises `StoreInUse`, naming the holder's pid."""
+        """Take the lock. Raises `StoreInUse`, naming the holder's pid, and `StoreIOError`."""
         fd = open_private(self.path)
-        if not _locked(fd, fcntl.LOCK_EX, tries=3):
-            holder = _read_pid(fd)
+        try:
+            self._take(fd)
+        except BaseException:
             os.close(fd)
+            raise
+        self._fd = fd
+
+    def _take(self, fd: int) -> None:
+        try:
+            locked = _locked(fd, fcntl.LOCK_EX, tries=3)
+        except OSError as error:
+            raise StoreIOError(
+                f"{self.path} cannot be locked ({error.strerror}): name a store on a file system"
+                " that can"
+            ) from error
+        if not locked:
+            holder = _read_pid(fd)
             who = f"process {holder}" if holder else "another process"
             raise StoreInUse(
                 f"{self.path.with_suffix('')} is in use by {who}: stop it first, or name"
                 " another store",
                 holder,
             )
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        self._fd = fd
+        # A full disk has no room for the number: the lock is held all the same.
+        with suppress(OSError):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Give the lock back."""
@@ -68,7 +84,7 @@ def _locked(fd: int, kind: int, tries: int = 1) -> bool:
 def _read_pid(fd: int) -> int | None:
     try:
         return int(os.pread(fd, 32, 0).strip() or b"0") or None
-    except ValueError:
+    except (ValueError, OSError):
         return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 import apsw
 import attrs
@@ -13,9 +13,13 @@ import attrs
 from .._clock import as_datetime
 from .._errors import NotFound
 from .._messages import HistoryItem, Reply, ReplyKind, SessionKey
-from ._codec import BadRow, dump_ids, load_ids, load_message, load_text, when
-from ._database import Database, translate
+from ._codec import BadRow, dump_ids, load_draft, load_ids, load_message, load_text, when
+from ._database import Database, select, translate
+from ._records import Draft
 from ._sql import query
+
+ALL: Final = 1 << 62
+"""More rows than there can be; and what the database can still count to."""
 
 
 @attrs.frozen(kw_only=True)
@@ -93,6 +97,20 @@ class DeadLetter:
 
 
 @attrs.frozen(kw_only=True)
+class OutboxRow:
+    """A delivery on its way. `not_before`: when it is tried again, if a try has failed."""
+
+    delivery: int
+    session: SessionKey
+    key: str
+    text: str | None
+    tries: int
+    error: str | None
+    created_at: datetime
+    not_before: datetime | None
+
+
+@attrs.frozen(kw_only=True)
 class OpenTurnRow:
     """An open turn and its marker."""
 
@@ -118,6 +136,32 @@ class Counts:
     quarantined: int
 
 
+@attrs.frozen(kw_only=True)
+class JournalEntry:
+    """One thing that happened in a session of a channel whose readers fetch what is said.
+
+    `seq` is its place, which never changes; later is greater. `what` is one of `accepted`,
+    `requeued`, `settled` (about `message_id`; `detail` is the state it is in), `begun`, `resumed`,
+    `interrupted` (about a turn; `detail` is the reason; `messages` are those that it answers),
+    `reply` and `draft`. `text` is None once forgotten.
+    """
+
+    seq: int
+    at: datetime
+    what: str
+    turn: int | None = None
+    attempt: int | None = None
+    message_id: str | None = None
+    messages: tuple[str, ...] = ()
+    text: str | None = None
+    sender: str | None = None
+    detail: str | None = None
+    key: str | None = None
+    kind: ReplyKind | None = None
+    final: bool = False
+    draft: Draft | None = None
+
+
 class StoreReader:
     """Reads a store, also one that a gateway has open. Not for two threads at once."""
 
@@ -130,7 +174,9 @@ class StoreReader:
 
     def _all(self, name: str, *args: Any) -> list[tuple[Any, ...]]:
         try:
-            return list(self._db.execute(query(name), args))
+            return select(self._db, query(name), args)
+        except UnicodeEncodeError:
+            return []  # what has no place in UTF-8 is in no row
         except apsw.Error as error:
             raise translate(error) from error
 
@@ -138,10 +184,9 @@ class StoreReader:
 
     def history(self, session: SessionKey, turn: int | None, limit: int) -> tuple[HistoryItem, ...]:
         """The last `limit` lines before `turn` (None: before now) in its conversation."""
+        limit = min(limit, ALL)
         if turn is None:
-            place = [
-                (*row, 1 << 62) for row in self._all("place_of_session", *attrs.astuple(session))
-            ]
+            place = [(*row, ALL) for row in self._all("place_of_session", *attrs.astuple(session))]
         else:
             place = self._all("place_of_turn", turn)
         if not place or place[0][0] is None or limit <= 0:
@@ -190,6 +235,87 @@ class StoreReader:
     def _session_of_message(self, seq: int) -> SessionKey:
         return SessionKey(*self._all("session_of_message", seq)[0])
 
+    # ----- for those who fetch what is said
+
+    def journal(
+        self, session: SessionKey, after: int, limit: int, *, drafts: bool = False
+    ) -> tuple[JournalEntry, ...]:
+        """What happened in a session after a place in its journal, oldest first, at most `limit`
+        entries. Empty for a session without a journal."""
+        rows = self._all("journal_of", *attrs.astuple(session), after, drafts, min(limit, ALL))
+        return tuple(self._journal_entry(session, row) for row in rows)
+
+    def journal_since(
+        self, channel: str, after: int, limit: int
+    ) -> tuple[tuple[SessionKey, JournalEntry], ...]:
+        """What happened in all sessions of a channel after a place, drafts included, oldest first,
+        at most `limit` entries."""
+        rows = self._all("journal_since", after, channel, min(limit, ALL))
+        sessions = [SessionKey(channel, row[0]) for row in rows]
+        return tuple(
+            (session, self._journal_entry(session, row[1:]))
+            for session, row in zip(sessions, rows, strict=True)
+        )
+
+    def journal_newest(self) -> int:
+        """The newest place in any journal; zero for none."""
+        return int(self._all("journal_newest")[0][0])
+
+    def _journal_entry(self, session: SessionKey, row: tuple[Any, ...]) -> JournalEntry:
+        (seq, at, what, message_id, body, turn, attempt, detail,
+         key, text, kind, final, about, delivery) = row  # fmt: skip
+        entry = JournalEntry(seq=seq, at=as_datetime(at), what=what, turn=turn, attempt=attempt)
+        if what == "draft":
+            draft = load_draft(turn, attempt, detail)
+            return attrs.evolve(entry, draft=draft, text=draft.text)
+        if delivery is not None:
+            # A row that retention has taken away since: something was said, nobody knows what.
+            return attrs.evolve(
+                entry,
+                key=key,
+                text=None if text is None else load_text(text),
+                kind=None if kind is None else ReplyKind(kind),
+                final=bool(final),
+                messages=() if about is None else load_ids(about),
+            )
+        if what in ("begun", "resumed", "interrupted"):
+            ids = tuple(one[0] for one in self._all("message_ids_with", turn))
+            return attrs.evolve(entry, messages=ids, detail=_optional_text(detail))
+        said, sender = _body_of(session, message_id, body) if what == "accepted" else (None, None)
+        return attrs.evolve(
+            entry, message_id=message_id, text=said, sender=sender, detail=_optional_text(detail)
+        )
+
+    def message(self, channel: str, message_id: str) -> MessageRow | None:
+        """One message, if it was ever seen (and is not forgotten)."""
+        rows = self._all("one_message", channel, message_id)
+        return _message_row(SessionKey(channel, rows[0][0]), *rows[0][1:]) if rows else None
+
+    def journal_place(self, channel: str, message_id: str) -> tuple[SessionKey, int] | None:
+        """The session of a message, and the place in its journal where the message was accepted.
+        None: nobody knows (any more)."""
+        rows = self._all("journal_place", channel, message_id)
+        return (SessionKey(channel, rows[0][0]), rows[0][1]) if rows else None
+
+    def journal_about(self, channel: str, message_id: str) -> tuple[JournalEntry, ...]:
+        """What happened to one message: when it was accepted, queued once more, settled."""
+        return tuple(
+            JournalEntry(
+                seq=seq,
+                at=as_datetime(at),
+                what=what,
+                turn=turn,
+                message_id=message_id,
+                detail=_optional_text(detail),
+            )
+            for seq, at, what, turn, detail in self._all("journal_about", channel, message_id)
+        )
+
+    def journal_span(self, session: SessionKey) -> tuple[int, int]:
+        """The oldest and the newest place in a session's journal that are left; zeros for none."""
+        newest, oldest = self._all("journal_end", *attrs.astuple(session))[0]
+        return oldest or 0, newest or 0
+
     # ----- for operators
 
     def counts(self) -> Counts:
@@ -234,7 +360,7 @@ class StoreReader:
                 last_message_at=when(at),
             )
             for channel, name, turn, state, attempt, reason, waiting, _, at in self._all(
-                "list_sessions", limit
+                "list_sessions", min(limit, ALL)
             )
         )
 
@@ -253,12 +379,25 @@ class StoreReader:
             raise NotFound(f"{text!r} names several sessions: {', '.join(map(str, named))}")
         raise NotFound(f"no session {text!r} in this store")
 
+    def messages_before(
+        self, session: SessionKey, before: int | None, limit: int
+    ) -> tuple[tuple[int, MessageRow], ...]:
+        """A page of a session's messages, newest first, each with its place; `before` is the place
+        at which the page before it ended (None: from the newest). Raises `NotFound`."""
+        place = self._all("place_of_session", session.channel, session.name)
+        if not place:
+            raise NotFound(f"no session {str(session)!r} in this store")
+        rows = self._all(
+            "messages_page", place[0][0], ALL if before is None else before, min(limit, ALL)
+        )
+        return tuple((row[0], _message_row(session, *row[1:])) for row in rows)
+
     def messages(self, session: SessionKey, limit: int) -> tuple[MessageRow, ...]:
         """The last messages of a session, oldest first."""
         place = self._all("place_of_session", session.channel, session.name)
         if not place:
             raise NotFound(f"no session {str(session)!r} in this store")
-        rows = self._all("session_messages", place[0][0], limit)
+        rows = self._all("session_messages", place[0][0], min(limit, ALL))
         return tuple(
             _message_row(session, message_id, state, body, accepted_at, ended_at, error, turn)
             for message_id, state, body, accepted_at, ended_at, error, turn in reversed(rows)
@@ -290,15 +429,15 @@ class StoreReader:
         order = sorted(range(len(entries)), key=lambda i: (entries[i].at, i))
         return Timeline(message=message, entries=tuple(entries[i] for i in order))
 
-    def _turn_entries(self, turn: int) -> list[TimelineEntry]:
+    def _turn_entries(self, turn: int, seen: tuple[int, ...] = ()) -> list[TimelineEntry]:
         rows = self._all("turn_row", turn)
-        if not rows:
+        if not rows or turn in seen:
             return []
         (_, state, attempt, epoch, reason, crashes, _, _, attempt_at, marked_at, settled_at,
          retry_of, _, error) = rows[0]  # fmt: skip
         entries: list[TimelineEntry] = []
         if retry_of is not None:
-            entries += self._turn_entries(retry_of)
+            entries += self._turn_entries(retry_of, (*seen, turn))
         for n, in_epoch, began_at, interrupted_at, why in self._all("attempts_of", turn):
             entries.append(_attempt_entry(turn, n, in_epoch, began_at))
             entries.append(_marker_entry(interrupted_at, why))
@@ -365,6 +504,35 @@ class StoreReader:
             )
         )
 
+    def inbox(self, limit: int) -> tuple[MessageRow, ...]:
+        """Messages that wait for their turns, the oldest first."""
+        return tuple(
+            _message_row(SessionKey(channel, name), *rest)
+            for channel, name, *rest in self._all("list_inbox", min(limit, ALL))
+        )
+
+    def outbox(self, limit: int) -> tuple[OutboxRow, ...]:
+        """Deliveries that are on their way, the oldest first."""
+        return tuple(
+            OutboxRow(
+                delivery=delivery,
+                session=SessionKey(channel, name),
+                key=key,
+                text=None if text is None else load_text(text),
+                tries=tries,
+                error=error,
+                created_at=as_datetime(created_at),
+                not_before=when(again),
+            )
+            for delivery, channel, name, key, text, tries, error, created_at, again in self._all(
+                "list_outbox", min(limit, ALL)
+            )
+        )
+
+    def astray(self, limit: int = 10) -> tuple[str, ...]:
+        """Ids of messages that no gateway will ever come to, because a row was damaged."""
+        return tuple(row[0] for row in self._all("list_astray", limit))
+
     def check(self) -> tuple[str, ...]:
         """What SQLite's own check finds wrong with the file; empty: nothing."""
         found = [str(row[0]) for row in self._db.execute("PRAGMA quick_check(20)")]
@@ -391,6 +559,23 @@ def _replies(session: SessionKey, rows: Sequence[tuple[Any, ...]]) -> tuple[Repl
             )
         )
     return tuple(replies)
+
+
+def _optional_text(text: bytes | None) -> str | None:
+    return None if text is None else load_text(text)
+
+
+def _body_of(
+    session: SessionKey, message_id: str | None, body: bytes | None
+) -> tuple[str | None, str | None]:
+    """Text and sender of a message, as far as they are there and can be read."""
+    if message_id is None or body is None:
+        return None, None
+    try:
+        message = load_message(session, message_id, body)
+    except BadRow:
+        return None, None
+    return message.text, message.sender
 
 
 def _message_row(

@@ -197,6 +197,8 @@ class Recovered:
     waiting: tuple[WaitingSession, ...]
     deliveries: tuple[Delivery, ...]
     open_messages: int
+    lost: int = 0
+    """Rows that made no sense, and were ended."""
 
 
 @attrs.define
@@ -206,6 +208,18 @@ class Said:
 
     deliveries: tuple[Delivery, ...]
     repeated: bool
+
+
+@attrs.define
+class Draft:
+    """How a reply grows: what follows the first `start` characters of the draft before it. `n`
+    counts the replies of this attempt that were committed before it."""
+
+    turn: int
+    attempt: int
+    n: int
+    start: int
+    text: str
 
 
 @attrs.define

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, closing, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, Final, TypeVar, TypeVarTuple, cast
 
 import apsw
 import trio
 
 from .._clock import Clock, SystemClock
 from .._errors import (
+    GatewayError,
     StoreClosed,
     StoreCorrupt,
     StoreError,
@@ -22,7 +24,8 @@ from .._errors import (
 )
 from .._markers import ResumeReason
 from .._messages import Cursor, Delivery, HistoryItem, Message, Reply, SessionKey
-from ._database import Database, open_database, translate
+from ._codec import BadRow
+from ._database import SENSELESS, Database, open_database, select, translate
 from ._ledger import Ledger
 from ._lock import StoreLock, open_private
 from ._reads import OpenTurnRow, StoreReader
@@ -31,6 +34,7 @@ from ._records import (
     Arrival,
     Begin,
     Begun,
+    Draft,
     Forgotten,
     NewReply,
     OpenTurn,
@@ -40,6 +44,7 @@ from ._records import (
     Settled,
     Settlement,
     Taken,
+    WaitingSession,
 )
 from ._sql import read_sql
 from ._writer import InlineWriter, Tap, ThreadWriter, Writer, no_tap
@@ -48,8 +53,8 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 APPLICATION_ID: Final = 0x74726977  # "triw"
-SCHEMA_VERSION: Final = 1
-MIGRATIONS: Final[dict[int, str]] = {}
+SCHEMA_VERSION: Final = 2
+MIGRATIONS: Final[dict[int, str]] = {1: "migrate_1.sql"}
 """From which version, the file that leads to the next one."""
 
 OLDEST_SQLITE: Final = (3, 51, 3)
@@ -92,22 +97,24 @@ class SqliteStore:
                     return call(*args)
                 # Shielded by not being abandoned: the connection has one user at a time.
                 return await trio.to_thread.run_sync(call, *args, limiter=self._read_limit)
-            except apsw.Error as error:
+            except (apsw.Error, *SENSELESS) as error:
+                if isinstance(error, GatewayError):
+                    raise
                 raise translate(error) from error
 
     # ----- boot and end
 
-    async def recover(self) -> Recovered:
+    async def recover(self, pulled: frozenset[str] = frozenset()) -> Recovered:
         try:
-            return await self._run(self._ledger.recover)
-        except StoreCorrupt as error:
-            raise _damaged(self.path, error) from error
+            return await self._run(self._ledger.recover, pulled)
+        except StoreError as error:
+            raise _named(self.path, error) from error
 
     async def touch(self) -> None:
-        await self._run(self._ledger.touch)
+        await self._writer.run_abandonable(self._ledger.touch)
 
     async def end_epoch(self, ending: str) -> None:
-        await self._run(self._ledger.end_epoch, ending)
+        await self._writer.run_abandonable(self._ledger.end_epoch, ending)
 
     async def aclose(self) -> None:
         """Finish every write that was handed in, write the WAL back, close."""
@@ -185,7 +192,10 @@ class SqliteStore:
     async def notify(
         self, sessions: Sequence[tuple[SessionKey, int]], what: str, text: str
     ) -> tuple[Delivery, ...]:
-        return await self._run(self._ledger.notify, sessions, what, text)
+        return await self._writer.run_abandonable(self._ledger.notify, sessions, what, text)
+
+    async def note_drafts(self, drafts: Sequence[Draft]) -> None:
+        await self._run(self._ledger.note_drafts, drafts)
 
     # ----- outbox
 
@@ -229,6 +239,23 @@ class SqliteStore:
     async def open_turns(self) -> tuple[OpenTurnRow, ...]:
         return await self._read(self._reader.open_turns)
 
+    async def inspect(self, question: Callable[[StoreReader], T]) -> T:
+        return await self._read(question, self._reader)
+
+    # ----- what an operator does
+
+    async def requeue_quarantined(self, turn: int) -> WaitingSession | None:
+        return await self._run(self._ledger.requeue_quarantined, turn)
+
+    async def drop_quarantined(self, turn: int) -> tuple[str, ...]:
+        return await self._run(self._ledger.drop_quarantined, turn)
+
+    async def resend_dead(self, delivery: int) -> Delivery | None:
+        return await self._run(self._ledger.resend_dead, delivery)
+
+    async def drop_dead(self, delivery: int) -> bool:
+        return await self._run(self._ledger.drop_dead, delivery)
+
 
 @asynccontextmanager
 async def open_store(
@@ -252,7 +279,11 @@ async def open_store(
         else:
             db = await trio.to_thread.run_sync(connect, where, clock)
         ledger = _ledger_of(where, db, clock)
-        reader = StoreReader(open_read_only(where))
+        try:
+            reader = StoreReader(open_read_only(where))
+        except BaseException:
+            _let_go(db)
+            raise
         writer = InlineWriter(db, ledger, tap) if inline else ThreadWriter(db, ledger, tap)
         store = SqliteStore(where, writer, ledger, reader)
         try:
@@ -284,14 +315,24 @@ def connect(path: Path, clock: Clock) -> Database:
     try:
         version = _look_before(path)
         db = open_database(path, write=True)
-        _configure(db)
-        _bring_schema(db, version, clock)
-    except apsw.Error as error:
+        try:
+            _configure(db)
+            _bring_schema(db, version, clock)
+            _check_schema(db)
+        except BaseException:
+            _let_go(db)
+            raise
+    except (apsw.Error, *SENSELESS, StoreError) as error:
         raise _named(path, error) from error
-    except StoreError as error:
-        raise type(error)(f"{path}: {error}") from error
     _keep_private(path)
     return db
+
+
+def _let_go(db: Database) -> None:
+    """Close a connection that was not used, and leave the file and its WAL as they are."""
+    with suppress(apsw.Error):
+        db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        db.close()
 
 
 def require_sqlite() -> None:
@@ -309,8 +350,8 @@ def open_read_only(path: Path) -> Database:
         db = open_database(path, write=False)
         db.set_busy_timeout(BUSY_MS)
         db.execute("PRAGMA trusted_schema = OFF")
-        next(iter(db.execute("SELECT count(*) FROM sqlite_schema")))
-    except apsw.Error as error:
+        list(db.execute("SELECT count(*) FROM sqlite_schema"))
+    except (apsw.Error, *SENSELESS) as error:
         raise _named(path, error) from error
     return db
 
@@ -325,10 +366,13 @@ def read_store(path: str | os.PathLike[str]) -> StoreReader:
         raise StoreIOError(f"{where}: there is no store; name one with --store")
     require_sqlite()
     db = open_read_only(where)
-    version = _version(where, db)
-    if version != SCHEMA_VERSION:
+    try:
+        version = _version(where, db)
+        if version != SCHEMA_VERSION:
+            raise StoreSchemaError(_other_version(where, version))
+    except (apsw.Error, *SENSELESS, StoreError) as error:
         db.close()
-        raise StoreSchemaError(_other_version(where, version))
+        raise _named(where, error) from error
     return StoreReader(db)
 
 
@@ -347,6 +391,8 @@ def edit_store(path: str | os.PathLike[str], change: Callable[[Ledger], T]) -> T
         writer = InlineWriter(db, ledger)
         try:
             return writer.run_sync(change, ledger)
+        except StoreError as error:
+            raise _named(where, error) from error
         finally:
             writer.close()
 
@@ -367,20 +413,33 @@ def _look(path: Path, *, write: bool) -> int:
     db = open_database(path, write=write)
     try:
         db.set_busy_timeout(BUSY_MS)
-        return _version(path, db)
+        version = _version(path, db)
+        if version and _pragma(db, "journal_mode") != "wal":
+            _check_pages(db)
+        return version
     finally:
         db.close()
 
 
+def _check_pages(db: Database) -> None:
+    """Look at every page of a file that is about to become a WAL database (a copy that was made by
+    other means): that writes to it, and whoever refuses a damaged one has not changed it."""
+    found = [str(row[0]) for row in select(db, "PRAGMA quick_check(1)")]
+    if found != ["ok"]:
+        raise StoreCorrupt("; ".join(found).replace("\n", " "))
+
+
 def _version(path: Path, db: Database) -> int:
     version = int(_pragma(db, "user_version"))
-    tables = int(next(iter(db.execute("SELECT count(*) FROM sqlite_schema")))[0])
+    ((tables,),) = list(db.execute("SELECT count(*) FROM sqlite_schema"))
     if not tables and not version:
         return 0
     if int(_pragma(db, "application_id")) != APPLICATION_ID:
         raise StoreSchemaError("this is the database of another program; name another store")
     if version > SCHEMA_VERSION:
         raise StoreSchemaError(_other_version(path, version))
+    if version < 1:
+        raise StoreSchemaError(f"it has tables, and schema version {version}, which there is not")
     return version
 
 
@@ -410,31 +469,89 @@ def _configure(db: Database) -> None:
         "temp_store": 2,
     }
     for name, value in wanted.items():
-        db.execute(f"PRAGMA {name} = {value}")
+        # To the end: only there is a switch to WAL committed, or not. Else it would look like one,
+        # and the store would live without.
+        list(db.execute(f"PRAGMA {name} = {value}"))
         if str(_pragma(db, name)) != str(value):
             raise StoreError(f"PRAGMA {name} did not become {value}: the file system cannot do it")
 
 
 def _pragma(db: Database, name: str) -> Any:
-    return next(iter(db.execute(f"PRAGMA {name}")))[0]
+    ((value,),) = list(db.execute(f"PRAGMA {name}"))
+    return value
+
+
+@cache
+def _schema() -> Mapping[str, frozenset[str]]:
+    """Every table and index of the schema, and its columns."""
+    with closing(cast("Database", apsw.Connection(":memory:"))) as db:
+        db.execute(read_sql("schema.sql"))
+        return _tables(db)
+
+
+def _tables(db: Database) -> Mapping[str, frozenset[str]]:
+    found = select(
+        db,
+        "SELECT made.name, group_concat(field.name, ' ') FROM sqlite_schema AS made"
+        " LEFT JOIN pragma_table_info(made.name) AS field"
+        " WHERE made.name NOT LIKE 'sqlite_%' AND made.type IN ('table', 'index')"
+        " GROUP BY made.name",
+    )
+    return {str(name): frozenset(str(columns or "").split()) for name, columns in found}
+
+
+def _check_schema(db: Database) -> None:
+    """Whoever changed the tables by hand learns of it now, and not from one turn after the other.
+    What is there besides is nobody's business, unless it changes rows by itself."""
+    there = _tables(db)
+    for name, columns in _schema().items():
+        if name not in there:
+            raise StoreSchemaError(f"it lacks {name}, which schema version {SCHEMA_VERSION} has")
+        if lacking := sorted(columns - there[name]):
+            raise StoreSchemaError(f"its {name} lacks {', '.join(lacking)}")
+    ours = _our_triggers()
+    theirs = _triggers(db)
+    for name in theirs:
+        if theirs[name] != ours.get(name):
+            raise StoreSchemaError(
+                f"it has a trigger, {name}: drop it, it would change turns by itself"
+            )
+    for name in ours.keys() - theirs.keys():
+        raise StoreSchemaError(f"it lacks {name}, which schema version {SCHEMA_VERSION} has")
+
+
+@cache
+def _our_triggers() -> Mapping[str, str]:
+    with closing(cast("Database", apsw.Connection(":memory:"))) as db:
+        db.execute(read_sql("schema.sql"))
+        return _triggers(db)
+
+
+def _triggers(db: Database) -> Mapping[str, str]:
+    """Every trigger, and its text."""
+    found = select(db, "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'")
+    return {str(name): str(sql) for name, sql in found}
 
 
 def _bring_schema(db: Database, version: int, clock: Clock) -> None:
     """Create the schema, or migrate it from an older version, in one transaction."""
     if version == SCHEMA_VERSION:
         return
-    with db:
-        if version == 0:
-            db.execute(read_sql("schema.sql"))
-            db.execute(
-                "INSERT INTO store (id, created_at) VALUES (?, ?)",
-                (secrets.token_hex(4), clock.now().wall),
-            )
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        else:
-            for old in range(version, SCHEMA_VERSION):
-                db.execute(read_sql(MIGRATIONS[old]))
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    # Not apsw's own `with`: after a failed commit it complains that there is nothing to roll back,
+    # and not of the disk. Whoever calls closes the connection, and what was not committed goes.
+    db.execute("BEGIN IMMEDIATE")
+    if version == 0:
+        db.execute(read_sql("schema.sql"))
+        db.execute(
+            "INSERT INTO store (id, created_at) VALUES (?, ?)",
+            (secrets.token_hex(4), clock.now().wall),
+        )
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    else:
+        for old in range(version, SCHEMA_VERSION):
+            db.execute(read_sql(MIGRATIONS[old]))
+    db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    db.execute("COMMIT")
 
 
 def _keep_private(path: Path) -> None:
@@ -449,8 +566,8 @@ def _ledger_of(path: Path, db: Database, clock: Clock) -> Ledger:
     db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
     try:
         return Ledger(db, clock)
-    except apsw.Error as error:
-        db.close()
+    except (apsw.Error, BadRow) as error:
+        _let_go(db)
         raise _named(path, error) from error
 
 
@@ -461,10 +578,12 @@ def _damaged(path: Path, error: Exception) -> StoreCorrupt:
     )
 
 
-def _named(path: Path, error: apsw.Error) -> StoreError:
+def _named(path: Path, error: Exception) -> StoreError:
+    """The same as an error of ours that names the file."""
     translated = translate(error)
-    if isinstance(translated, StoreCorrupt):
+    if isinstance(translated, StoreCorrupt) or isinstance(error, BadRow):
         return _damaged(path, error)
-    if isinstance(translated, StoreError):
-        return type(translated)(f"{path}: {translated}")
-    return StoreError(f"{path}: {error}")
+    if not isinstance(translated, StoreError):
+        return StoreError(f"{path}: {error}")
+    told = str(translated)
+    return type(translated)(told if told.startswith(str(path)) else f"{path}: {told}")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, Protocol, TypeVar, TypeVarTuple
 
@@ -235,15 +236,34 @@ class ThreadWriter:
     # ----- on the thread
 
     def _work(self) -> None:
+        batch: list[Operation[Any]] = []
         open_ = True
-        while open_:
-            batch: list[Operation[Any]] = []
-            open_ = self._gather(batch)
-            if batch:
-                self._transactions.commit(batch)
-                self._answer(batch)
-                self._transactions.checkpoint_if_due()
+        try:
+            while open_:
+                open_ = self._gather(batch)
+                if batch:
+                    self._transactions.commit(batch)
+                    self._answer(batch)
+                    batch = []
+                    self._transactions.checkpoint_if_due()
+        except BaseException as error:  # noqa: ASYNC103 - a thread of its own; the run is told
+            self._die(batch, error)
         self._transactions.close()
+
+    def _die(self, batch: list[Operation[Any]], error: BaseException) -> None:
+        """Something is wrong beyond the database: no memory, say. Without this thread everybody
+        would wait for ever, so Trio's run is ended, by the error. What had been handed in may be on
+        disk or not: that is for the next boot to read."""
+        self._closed = True
+        while not self._queue.empty():
+            operation = self._queue.get()
+            if operation is not None:
+                batch.append(operation)
+        for operation in batch:
+            operation.outcome = outcome.Error(StoreClosed(f"the store's thread died of {error!r}"))
+        self._answer(batch)
+        with suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(_raise, error)
 
     def _gather(self, batch: list[Operation[Any]]) -> bool:
         """Fill `batch` with all that waits, at least one; False when the writer is to close."""
@@ -317,6 +337,10 @@ class InlineWriter:
 
 def _cannot_abort(_: object) -> trio.lowlevel.Abort:
     return trio.lowlevel.Abort.FAILED
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def _wake(batch: list[Operation[Any]]) -> None:

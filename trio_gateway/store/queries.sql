@@ -3,11 +3,11 @@
 
 -- name: store_id
 -- Who this store is.
-SELECT id FROM store;
+SELECT CAST(id AS BLOB) FROM store;
 
 -- name: newest_turn
--- The last number that was given to a turn.
-SELECT coalesce(max(id), 0) FROM turn;
+-- The last number that was given to a turn. One that is out of all reason was not.
+SELECT coalesce(max(id), 0) FROM turn WHERE id < 4611686018427387904;
 
 -- name: why_ended
 -- What was noted when a turn ended.
@@ -23,7 +23,7 @@ INSERT INTO session (channel, name) VALUES (?, ?);
 
 -- name: new_conversation
 -- What came before is not handed to the agent any more.
-UPDATE session SET conversation = conversation + 1 WHERE id = ?;
+UPDATE session SET conversation = min(conversation, 4611686018427387904) + 1 WHERE id = ?;
 
 -- name: set_cursor
 -- The channel's place moves on, in the transaction of the messages that it covers.
@@ -82,7 +82,8 @@ UPDATE message SET state = 'queued' WHERE turn = ? AND state = 'running';
 
 -- name: stop_waiting
 -- With no turn open, /stop ends what waits.
-UPDATE message SET state = 'stopped', ended_at = ? WHERE session = ? AND state = 'queued' RETURNING id;
+UPDATE message SET state = 'stopped', ended_at = ? WHERE session = ? AND state = 'queued'
+RETURNING CAST(id AS BLOB);
 
 -- name: turn_fate
 -- How a turn stands: to tell "settled by me, though the commit failed" from "settled by another".
@@ -108,40 +109,62 @@ ORDER BY seq DESC LIMIT 1;
 -- name: retry_turn_messages
 -- The messages that ended with a turn wait once more; `turn` keeps what their steps remember.
 UPDATE message SET state = 'queued', ended_at = NULL, error = NULL
-WHERE turn = ? AND state IN ('failed', 'stopped', 'quarantined', 'expired') RETURNING id;
+WHERE turn = ? AND state IN ('failed', 'stopped', 'quarantined', 'expired')
+RETURNING CAST(id AS BLOB);
 
 -- name: retry_message
 -- One message that never had a turn waits once more.
-UPDATE message SET state = 'queued', ended_at = NULL, error = NULL WHERE seq = ? RETURNING id;
+UPDATE message SET state = 'queued', ended_at = NULL, error = NULL WHERE seq = ?
+RETURNING CAST(id AS BLOB);
 
 -- name: mark_resume_pending
 -- Every turn of this epoch that is RUNNING, whichever they are, in one statement (promise 4).
 -- settled_at IS NULL is the condition of the index turn_open, here and below: it costs what is open.
 UPDATE turn SET state = 'RESUME_PENDING', reason = ?, marked_at = ?, marked_up = ?,
-                interruptions = interruptions + 1
+                interruptions = min(interruptions, 1000000) + 1
 WHERE settled_at IS NULL AND state = 'RUNNING' AND epoch = ?;
 
 -- name: charge_crashed
--- Boot: what is RUNNING in a dead epoch was running when its process died. Charged here, before
--- any agent is called (promise 9); interrupted when that epoch was last seen.
-UPDATE turn SET state = 'RESUME_PENDING', reason = 'crash', crashes = crashes + 1,
-  marked_at = max(attempt_at, (SELECT seen_at FROM epoch WHERE epoch.id = turn.epoch)),
+-- Boot: what is RUNNING was running when its process died; and so, to be safe, was what says of
+-- itself neither this nor that. Charged here, before any agent is called (promise 9); interrupted
+-- when its epoch was last seen.
+UPDATE turn SET state = 'RESUME_PENDING', reason = 'crash', crashes = min(crashes, 1000000) + 1,
+  marked_at = max(attempt_at, coalesce((SELECT seen_at FROM epoch WHERE id = turn.epoch), 0)),
   marked_up = (SELECT seen_up FROM epoch WHERE epoch.id = turn.epoch)
-WHERE settled_at IS NULL AND state = 'RUNNING' AND epoch != ?;
+WHERE settled_at IS NULL AND state != 'RESUME_PENDING';
+
+-- name: end_lost_turns
+-- Boot: a turn whose session is gone (a damaged row) can be answered to nobody.
+UPDATE turn SET state = 'FAILED', settled_at = ?, error = ?, reason = NULL
+WHERE settled_at IS NULL AND NOT EXISTS (SELECT 1 FROM session WHERE session.id = turn.session)
+RETURNING id;
+
+-- name: end_lost_messages
+-- Nor can a message that waits in a session that is gone.
+UPDATE message SET state = 'failed', ended_at = ?, error = ?, turn = NULL
+WHERE state = 'queued' AND NOT EXISTS (SELECT 1 FROM session WHERE session.id = message.session);
+
+-- name: bury_lost_deliveries
+-- And a reply to nobody is a dead letter.
+UPDATE delivery SET state = 'dead', error = ?
+WHERE state IN ('pending', 'sending')
+  AND NOT EXISTS (SELECT 1 FROM session WHERE session.id = delivery.session);
 
 -- name: pending_turns
 -- Every open turn, with what a verdict needs. A turn's first message gives its place in line.
 SELECT turn.id, turn.session, session.channel, session.name, turn.attempt, turn.reason,
-       turn.crashes, turn.interruptions, turn.marked_at, turn.marked_up, epoch.machine
+       turn.crashes, turn.interruptions, coalesce(turn.marked_at, turn.attempt_at),
+       coalesce(turn.marked_up, 0), iif(turn.marked_up IS NULL, '', coalesce(epoch.machine, ''))
 FROM turn INDEXED BY turn_open
-JOIN session ON session.id = turn.session JOIN epoch ON epoch.id = turn.epoch
+JOIN session ON session.id = turn.session LEFT JOIN epoch ON epoch.id = turn.epoch
 WHERE turn.settled_at IS NULL AND turn.state = 'RESUME_PENDING'
 ORDER BY turn.id;
 
 -- name: messages_of
--- The messages that a turn is to answer.
+-- The messages that a turn is to answer: those of its own session.
 SELECT id, CAST(body AS BLOB), seq FROM message
-WHERE turn = ? AND state = 'running' ORDER BY seq;
+WHERE turn = ?1 AND state = 'running' AND session = (SELECT session FROM turn WHERE id = ?1)
+ORDER BY seq;
 
 -- name: message_ids_of
 -- Their ids alone.
@@ -150,8 +173,9 @@ SELECT id FROM message WHERE turn = ? AND state = 'running' ORDER BY seq;
 -- name: keep_attempt
 -- Before a new attempt begins, the one that was interrupted goes to the record.
 INSERT INTO attempt (turn, attempt, epoch, began_at, interrupted_at, reason)
-SELECT id, attempt, epoch, attempt_at, marked_at, reason FROM turn
-WHERE id = ? AND attempt = ? AND state = 'RESUME_PENDING';
+SELECT id, attempt, epoch, attempt_at, coalesce(marked_at, attempt_at), coalesce(reason, 'crash')
+FROM turn WHERE id = ? AND attempt = ? AND state = 'RESUME_PENDING'
+ON CONFLICT DO NOTHING;
 
 -- name: resume_turn
 -- The next attempt: RUNNING again, owned by this epoch.
@@ -203,11 +227,11 @@ ON CONFLICT (turn, name) DO UPDATE SET state = 'done', result = excluded.result,
 
 -- name: steps_of
 -- Everything that a turn remembers.
-SELECT name, state, CAST(result AS BLOB) FROM step WHERE turn = ?;
+SELECT CAST(name AS BLOB), state, CAST(result AS BLOB) FROM step WHERE turn = ?;
 
 -- name: copy_steps
 -- A turn that is retried goes on from what the first one remembered (promise 8).
-INSERT INTO step SELECT ?1, name, state, effect, result, attempt, began_at, done_at
+INSERT OR IGNORE INTO step SELECT ?1, name, state, effect, result, attempt, began_at, done_at
 FROM step WHERE turn = ?2;
 
 -- name: add_delivery
@@ -337,6 +361,103 @@ DELETE FROM turn WHERE id = ?1 AND state NOT IN ('RUNNING', 'RESUME_PENDING')
 DELETE FROM delivery
 WHERE turn IS NULL AND created_at < ? AND state IN ('delivered', 'dropped');
 
+-- name: forget_journal
+-- One bite of the journal that is as old as texts that go. The newest row stays: no number twice.
+DELETE FROM journal WHERE seq < (SELECT max(seq) FROM journal) AND seq IN
+  (SELECT seq FROM (SELECT seq, at FROM journal WHERE seq > 0 ORDER BY seq LIMIT ?2) WHERE at < ?1);
+
+-- name: pulled_channels
+-- Channels whose sessions have a journal.
+SELECT channel FROM pulled WHERE channel > '';
+
+-- name: pull
+-- One more.
+INSERT INTO pulled (channel) VALUES (?);
+
+-- name: arrive_pulled
+-- What was on its way there has arrived, too.
+UPDATE delivery SET state = 'delivered', delivered_at = ?1
+WHERE state IN ('pending', 'sending')
+  AND session IN (SELECT id FROM session WHERE channel = ?2);
+
+-- name: pull_no_more
+-- One fewer.
+DELETE FROM pulled WHERE channel = ?;
+
+-- name: add_draft
+-- A reply grows.
+INSERT INTO journal (session, at, what, turn, attempt, detail)
+SELECT session, ?1, 'draft', id, ?2, ?3 FROM turn WHERE id = ?4;
+
+-- name: quarantined_session
+-- The session of a turn that was put aside.
+SELECT session.channel, session.name, session.id FROM turn JOIN session ON session.id = turn.session
+WHERE turn.id = ? AND turn.state = 'QUARANTINED';
+
+-- name: one_delivery
+-- One delivery that is on its way.
+SELECT delivery.id, session.channel, session.name, delivery.key, CAST(delivery.text AS BLOB),
+       CAST(delivery.about AS BLOB), delivery.attempt, delivery.final, delivery.repeat,
+       delivery.kind, delivery.part, delivery.parts, delivery.turn, delivery.tries,
+       delivery.not_before
+FROM delivery JOIN session ON session.id = delivery.session
+WHERE delivery.id = ? AND delivery.state IN ('pending', 'sending');
+
+-- name: journal_of
+-- What happened in a session since a place in its journal. A turn's messages are those that name
+-- it now.
+SELECT journal.seq, journal.at, journal.what, message.id, CAST(message.body AS BLOB), journal.turn,
+       journal.attempt, CAST(journal.detail AS BLOB), delivery.key, CAST(delivery.text AS BLOB),
+       delivery.kind, delivery.final, CAST(delivery.about AS BLOB), journal.delivery
+FROM session JOIN journal ON journal.session = session.id
+LEFT JOIN message ON message.seq = journal.message
+LEFT JOIN delivery ON delivery.id = journal.delivery
+WHERE session.channel = ?1 AND session.name = ?2 AND journal.seq > ?3
+  AND (?4 OR journal.what != 'draft')
+ORDER BY journal.seq LIMIT ?5;
+
+-- name: journal_since
+-- What happened in all sessions of a channel since a place.
+SELECT session.name, journal.seq, journal.at, journal.what, message.id, CAST(message.body AS BLOB),
+       journal.turn, journal.attempt, CAST(journal.detail AS BLOB), delivery.key,
+       CAST(delivery.text AS BLOB), delivery.kind, delivery.final, CAST(delivery.about AS BLOB),
+       journal.delivery
+FROM journal JOIN session ON session.id = journal.session
+LEFT JOIN message ON message.seq = journal.message
+LEFT JOIN delivery ON delivery.id = journal.delivery
+WHERE journal.seq > ?1 AND session.channel = ?2
+ORDER BY journal.seq LIMIT ?3;
+
+-- name: journal_newest
+-- The newest place of all.
+SELECT coalesce(max(seq), 0) FROM journal;
+
+-- name: journal_place
+-- Where the journal of a message begins, and in which session.
+SELECT session.name, min(journal.seq) FROM message JOIN session ON session.id = message.session
+JOIN journal ON journal.message = message.seq
+WHERE message.channel = ? AND message.id = ? GROUP BY session.name;
+
+-- name: journal_about
+-- What happened to one message.
+SELECT journal.seq, journal.at, journal.what, journal.turn, CAST(journal.detail AS BLOB)
+FROM message JOIN journal ON journal.message = message.seq
+WHERE message.channel = ? AND message.id = ? ORDER BY journal.seq;
+
+-- name: journal_end
+-- The newest place in a session's journal, and the oldest that is left.
+SELECT max(journal.seq), min(journal.seq) FROM session JOIN journal ON journal.session = session.id
+WHERE session.channel = ? AND session.name = ?;
+
+-- name: messages_page
+-- Messages of a session before a place, newest first.
+SELECT seq, id, state, CAST(body AS BLOB), accepted_at, ended_at, error, turn FROM message
+WHERE session = ?1 AND seq < ?2 ORDER BY seq DESC LIMIT ?3;
+
+-- name: message_ids_with
+-- The messages that name a turn.
+SELECT id FROM message WHERE turn = ? ORDER BY seq;
+
 -- name: quarantined_turn
 -- A turn that was put aside.
 SELECT id, session FROM turn WHERE id = ? AND state = 'QUARANTINED';
@@ -344,7 +465,7 @@ SELECT id, session FROM turn WHERE id = ? AND state = 'QUARANTINED';
 -- name: drop_quarantined
 -- A person gives a quarantined turn's messages up: they end for good.
 UPDATE message SET state = 'failed', error = 'dropped from quarantine'
-WHERE turn = ? AND state = 'quarantined' RETURNING id;
+WHERE turn = ? AND state = 'quarantined' RETURNING CAST(id AS BLOB);
 
 -- name: retry_dead
 -- A person sends a dead letter again; an earlier try may have arrived.
@@ -405,6 +526,13 @@ SELECT message.seq, message.channel, session.name, message.id, message.state,
 FROM message JOIN session ON session.id = message.session WHERE message.id = ?
 ORDER BY message.seq;
 
+-- name: one_message
+-- A message by its channel and id.
+SELECT session.name, message.id, message.state, CAST(message.body AS BLOB), message.accepted_at,
+       message.ended_at, message.error, message.turn
+FROM message JOIN session ON session.id = message.session
+WHERE message.channel = ? AND message.id = ?;
+
 -- name: turn_row
 -- One turn, whole.
 SELECT id, state, attempt, epoch, reason, crashes, interruptions, begun_at, attempt_at, marked_at,
@@ -447,11 +575,35 @@ ORDER BY turn.id;
 SELECT id, CAST(body AS BLOB), state FROM message WHERE turn = ? ORDER BY seq;
 
 -- name: list_dead
--- Deliveries that were given up.
-SELECT delivery.id, session.channel, session.name, delivery.key, CAST(delivery.text AS BLOB),
-       delivery.tries, delivery.error, delivery.created_at, delivery.turn
-FROM delivery JOIN session ON session.id = delivery.session
+-- Deliveries that were given up; also those to a session that is gone.
+SELECT delivery.id, coalesce(session.channel, '?'), coalesce(session.name, '?'), delivery.key,
+       CAST(delivery.text AS BLOB), delivery.tries, delivery.error, delivery.created_at,
+       delivery.turn
+FROM delivery LEFT JOIN session ON session.id = delivery.session
 WHERE delivery.state = 'dead' ORDER BY delivery.id;
+
+-- name: list_inbox
+-- Messages that wait for their turns, the oldest first.
+SELECT session.channel, session.name, message.id, message.state, CAST(message.body AS BLOB),
+       message.accepted_at, message.ended_at, message.error, message.turn
+FROM message INDEXED BY message_queued CROSS JOIN session ON session.id = message.session
+WHERE message.state = 'queued' ORDER BY message.seq LIMIT ?;
+
+-- name: list_outbox
+-- Deliveries that are on their way, the oldest first.
+SELECT delivery.id, session.channel, session.name, delivery.key, CAST(delivery.text AS BLOB),
+       delivery.tries, delivery.error, delivery.created_at, delivery.not_before
+FROM delivery INDEXED BY delivery_open CROSS JOIN session ON session.id = delivery.session
+WHERE delivery.state IN ('pending', 'sending') ORDER BY delivery.id LIMIT ?;
+
+-- name: list_astray
+-- Messages that no gateway will ever come to, because a row was damaged: neither waiting, nor
+-- ended, nor in the hands of an open turn. Costs what is stored: for the doctor.
+SELECT message.id FROM message
+LEFT JOIN turn ON turn.id = message.turn AND turn.settled_at IS NULL
+WHERE turn.id IS NULL AND message.state NOT IN
+  ('queued', 'answered', 'failed', 'stopped', 'quarantined', 'expired')
+ORDER BY message.seq LIMIT ?;
 
 -- name: counts
 -- What is open, in numbers.

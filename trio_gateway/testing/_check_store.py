@@ -636,10 +636,23 @@ async def check_cancellation(open_store: OpenStore) -> None:
         there = sorted([id for id in ids if await _state_of(store, id) is not None])
         rule(known == there, "the outcome is known, or nothing was done", (known, there))
         turn = await _begin(store, "b", "settled")
+        made: tuple[Delivery, ...] = ()
         with trio.CancelScope() as scope:
             scope.cancel()
-            await store.settle(_end(turn))
+            made = (await store.settle(_end(turn, parts=("hello",)))).deliveries
         rule(await _state_of(store, "settled") == "answered", "what has happened is written")
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await store.delivered([(delivery.id, 1) for delivery in made])
+        cut = await _begin(store, "c", "cut")
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await store.remember(cut.id, 1, "charge", "unsafe", '"paid"', 1)
+    async with _boot(open_store, "cancel") as (store, recovered):
+        resumed = await store.resume(recovered.turns[0])
+        steps = {} if resumed is None else resumed.steps or {}
+        rule("charge" in steps and steps["charge"].done, "so is a step that has ended", steps)
+        rule(recovered.deliveries == (), "so is what has arrived", recovered.deliveries)
 
 
 STORE_CHECKS: Final[tuple[Check[OpenStore], ...]] = tuple(

@@ -35,7 +35,9 @@ WHERE (state IN ('RUNNING', 'RESUME_PENDING')) = (settled_at IS NOT NULL);
 SELECT message.id, message.state, turn.state FROM message JOIN turn ON turn.id = message.turn
 WHERE message.state NOT IN ('queued', 'running')
   AND message.error IS NOT 'dropped from quarantine'
-  AND NOT (message.state = 'stopped' AND message.ended_at > turn.settled_at)
+  AND NOT (message.state = 'stopped' AND (message.ended_at != turn.settled_at
+    OR EXISTS (SELECT 1 FROM message retry WHERE retry.session = message.session
+      AND retry.seq > message.seq AND retry.turn IS NULL AND retry.body LIKE '%"/retry"%')))
   AND message.state != CASE turn.state
     WHEN 'COMPLETED' THEN 'answered' WHEN 'FAILED' THEN 'failed' WHEN 'STOPPED' THEN 'stopped'
     WHEN 'QUARANTINED' THEN 'quarantined' WHEN 'EXPIRED' THEN 'expired' ELSE 'still open' END;
@@ -99,9 +101,10 @@ SELECT key, state FROM delivery
 WHERE state NOT IN ('pending', 'sending', 'delivered', 'dead', 'dropped')
    OR (state = 'delivered') != (delivered_at IS NOT NULL);
 
--- a session's deliveries arrive in order (promise 7)
+-- what the agent says in a session arrives in order (promise 7)
 SELECT late.key, early.key FROM delivery early
 JOIN delivery late ON late.session = early.session AND late.id > early.id
+  AND early.kind NOT IN ('notice', 'command') AND late.kind NOT IN ('notice', 'command')
 WHERE early.state IN ('pending', 'sending') AND NOT early.repeat AND late.state = 'delivered';
 
 -- a finished step has a result; an unfinished one on record is unsafe (promise 8)

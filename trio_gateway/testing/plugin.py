@@ -7,15 +7,18 @@
         async with open_test_gateway(my_agent):  # the next boot, on the same store
             assert memory_channel.texts() == ["hello to you, too"]
 
+`pytest --gateway-seed 17` has every `lives` of the tests live that seed alone: to repeat a failure.
+
 Async tests are pytest-trio's affair; its `autojump_clock` beside these fixtures makes time virtual,
 so that an hour passes in no time. Without it everything works, in real time.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -23,6 +26,29 @@ if TYPE_CHECKING:
     from ._clock import VirtualClock
     from ._memory import MemoryChannel
     from ._opener import GatewayOpener
+
+ONE_SEED: Final = "GATEWAY_TEST_SEED"
+"""The variable in which `lives` finds the one seed to live; see `_lives`, which this file does not
+import: a plugin is loaded by every pytest, also where nobody tests a gateway."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--gateway-seed`."""
+    parser.addoption(
+        "--gateway-seed", type=int, help="trio_gateway.testing.lives: live this seed alone"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hand the seed to `lives`, which knows nothing of pytest."""
+    seed: int | None = config.getoption("--gateway-seed")
+    if seed is not None:
+        os.environ[ONE_SEED] = str(seed)
+
+
+def pytest_unconfigure() -> None:
+    """What comes after these tests is none of them."""
+    os.environ.pop(ONE_SEED, None)
 
 
 @pytest.fixture
