@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from processes import ECHO, SLOW, launch, markers
+from processes import COMPANY, ECHO, SLOW, launch, markers
 
 from trio_gateway._supervisor import Supervisor
 
@@ -143,7 +143,7 @@ def test_c46_a_stubborn_agent_is_left_within_the_budget_and_resumes(
         gateway.expect("progress")
         began = time.monotonic()
         code = gateway.stop(TERM)
-        assert time.monotonic() - began < budget + 1.0  # as seen from outside, in company
+        assert time.monotonic() - began < budget + COMPANY
         # Served in order, but for a blocked loop, where the watchdog had to.
         assert code == (0 if how in ("swallows", "thread") else 1)
         if code == 1:
@@ -179,7 +179,7 @@ def test_c46_a_held_interpreter_lock_does_not_hold_the_process(tmp_path: Path) -
         gateway.expect("progress")
         began = time.monotonic()
         assert gateway.stop(TERM) == 1
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 2 + COMPANY
         assert "in agent" in gateway.stderr
     assert markers(tmp_path) == {"a": ("RESUME_PENDING", "shutdown")}
 
@@ -194,7 +194,7 @@ def test_c46_a_thread_that_does_not_end_does_not_keep_the_process(tmp_path: Path
     with launch(tmp_path, agent, budget=4) as gateway:
         began = time.monotonic()
         assert gateway.stop(TERM) == 0
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 4 + COMPANY
 
 
 def test_p11_a_trio_and_a_log_that_fell_over_do_not_keep_the_process(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_p11_a_trio_and_a_log_that_fell_over_do_not_keep_the_process(tmp_path: P
         gateway.expect("progress")
         began = time.monotonic()
         assert gateway.wait() == 1
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 2 + COMPANY
     assert markers(tmp_path) == {"a": ("RESUME_PENDING", "shutdown")}
     with launch(tmp_path, agent) as gateway:
         gateway.expect("reply", text="resumed", attempt=2)
@@ -266,7 +266,7 @@ def test_p11_nobody_reading_stderr_does_not_keep_the_process(tmp_path: Path) -> 
         gateway.expect("progress")
         began = time.monotonic()
         assert gateway.stop(TERM) == 1
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 2 + COMPANY
     os.close(read_fd)
     os.close(write_fd)
 
@@ -322,7 +322,7 @@ def test_c47_the_second_interrupt_ends_the_window(tmp_path: Path) -> None:
         began = time.monotonic()
         gateway.signal(INT, INT)
         assert gateway.wait() == 0
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 4 + COMPANY
     assert markers(tmp_path) == {"a": ("RESUME_PENDING", "shutdown")}
 
 
@@ -334,7 +334,7 @@ def test_c47_the_third_interrupt_leaves_at_once(tmp_path: Path, how: str) -> Non
         began = time.monotonic()
         gateway.signal(INT, INT, INT)
         assert gateway.wait() == 130
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 2 + COMPANY
     assert markers(tmp_path) == {"a": ("RESUME_PENDING", "shutdown")}
 
 
@@ -389,7 +389,7 @@ def test_c47_a_boot_that_hangs_ends_within_the_budget(tmp_path: Path) -> None:
         gateway.expect_stderr("opening")
         began = time.monotonic()
         assert gateway.stop(TERM) == 1
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 2 + COMPANY
 
 
 def test_ctrl_c_is_never_a_keyboard_interrupt_in_an_agent(tmp_path: Path) -> None:

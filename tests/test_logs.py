@@ -322,7 +322,7 @@ def test_p11_a_blocked_standard_error_blocks_nobody(full_pipe: tuple[int, int]) 
     with logging_to_stderr(LogLevel.INFO, LogFormat.JSON, fd=writing) as log:
         for _ in range(QUEUE + 500):
             log.listener(STARTED)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         assert log.flush(0.05) is False
         # Once somebody reads again, everything that was kept is written, and the rest is counted.
         text: list[bytes] = []
@@ -349,7 +349,7 @@ def test_the_end_waits_for_a_blocked_standard_error_only_so_long(
     began = time.monotonic()
     with logging_to_stderr(LogLevel.INFO, LogFormat.JSON, fd=full_pipe[1]) as log:
         log.listener(STARTED)
-    assert 0.9 < time.monotonic() - began < 5
+    assert 0.9 < time.monotonic() - began < 15
 
 
 def test_a_standard_error_that_is_gone_is_not_an_error() -> None:

@@ -634,7 +634,7 @@ async def test_a_wait_that_is_longer_than_the_patience_is_not_begun(
     async with hosted(asking(server, patience=60), memory_path) as house:
         began = time.monotonic()
         error = await house.error()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 30  # not a minute, and not an hour
     assert "429" in error
     assert "more than the 60 s of `patience`" in error
 

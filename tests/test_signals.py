@@ -145,13 +145,11 @@ def test_a_signal_that_another_thread_gets_wakes_the_loop() -> None:
 
     async def main() -> None:
         aim = threading.Timer(0.1, lambda: signal.pthread_kill(aim_at.ident or 0, signal.SIGTERM))
-        aim_at = threading.Thread(target=time.sleep, args=(1,))
+        aim_at = threading.Thread(target=time.sleep, args=(10,), daemon=True)
         aim_at.start()
         aim.start()
-        began = trio.current_time()
         await bounded(house.stopped)
-        assert trio.current_time() - began < 0.9
-        await trio.to_thread.run_sync(aim_at.join)
+        assert aim_at.is_alive()
 
     with desk() as signals:
         signals.run(house, main)
@@ -289,7 +287,7 @@ def test_a_full_pipe_is_not_waited_for() -> None:
     try:
         began = time.monotonic()
         write_some(write_fd, b"x" * 1_000_000)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
         assert len(os.read(read_fd, 1 << 20)) >= 4096
         os.close(read_fd)
         write_some(write_fd, b"nobody reads this")
