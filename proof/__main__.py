@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import subprocess
 import sys
 import traceback
@@ -38,6 +39,10 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="append the JSON lines to this file, too")
     given = parser.parse_args()
+    # Whoever starts this may ignore them (nohup): what is started here would inherit that.
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     names = NAMES if "all" in given.campaigns else tuple(given.campaigns)
     if "list" in names:
         for name in NAMES:

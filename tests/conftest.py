@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,12 @@ from helpers import Machine
 from trio.testing import MockClock
 
 MEMORY = Path("/dev/shm")
+
+# Whoever starts the tests may ignore signals (nohup, a shell's background): a process that a test
+# starts would inherit that, and rightly heed it.
+for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
