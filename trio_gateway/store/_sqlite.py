@@ -53,8 +53,8 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 APPLICATION_ID: Final = 0x74726977  # "triw"
-SCHEMA_VERSION: Final = 2
-MIGRATIONS: Final[dict[int, str]] = {1: "migrate_1.sql"}
+SCHEMA_VERSION: Final = 3
+MIGRATIONS: Final[dict[int, str]] = {1: "migrate_1.sql", 2: "migrate_2.sql"}
 """From which version, the file that leads to the next one."""
 
 OLDEST_SQLITE: Final = (3, 51, 3)
