@@ -67,6 +67,7 @@ from ._inbox import Authorize, ChannelIntake, Inbox, as_text, refused_error
 from ._links import Links
 from ._markers import ResumeReason, TurnState
 from ._messages import (
+    LOCAL,
     Cursor,
     Delivery,
     HistoryItem,
@@ -91,6 +92,7 @@ from ._policy import (
 from ._sessions import Sessions
 from ._settings import Settings
 from ._stream import EventStream
+from ._tally import Tally
 from ._turns import RETRY_CAP, Desk, Running, TurnInfo, Turns, Why, pending_end
 from ._waiters import Asked, Outcome, Waiters
 from .channels import Channel
@@ -159,6 +161,7 @@ class Gateway:
         self._stop_requested = trio.Event()
         self._stopped = trio.Event()
         self._window = _shutdown.Window()
+        self._tally: Tally | None = None
         self.plan: StopPlan = plan_stop(settings.grace, settings.budget)
         """The stop's budget and its windows, in seconds."""
         self.state: AsyncValue[GatewayState] = AsyncValue(GatewayState.STARTING)
@@ -301,6 +304,11 @@ class Gateway:
     # ----- for whoever looks after it
 
     @property
+    def clock(self) -> Clock:
+        """Where it takes its time from."""
+        return self._clock
+
+    @property
     def channels(self) -> tuple[str, ...]:
         """What its channels are called."""
         return self._links.names
@@ -393,6 +401,18 @@ class Gateway:
     def listen(self, listener: Callable[[Event], None]) -> AbstractContextManager[None]:
         """Call `listener` with each event while the block lasts. It must not block."""
         return self._events.listen(listener)
+
+    def count(self) -> Tally:
+        """Count what happens from now on, for the rest of this life; asked again, the same tally.
+        `Channel.attach` is early enough for the boot to be counted, too."""
+        if self._tally is None:
+            self._tally = Tally((*self._links.names, LOCAL), trio.current_time)
+            self._events.add(self._tally.hear)
+        return self._tally
+
+    def _note_commit(self, operations: int, seconds: float) -> None:
+        if self._tally is not None:
+            self._tally.note_commit(operations, seconds)
 
     @property
     def draining(self) -> AsyncBool:
@@ -911,14 +931,13 @@ async def open_gateway(
     leaving.
     """
     clock = clock or SystemClock()
-    made = Gateway(
-        agent,
-        channels,
-        settings or Settings(),
-        authorize,
-        clock,
-        lambda: open_store(store, clock=clock, inline=inline_store, tap=tap or no_tap),
-    )
+
+    def opened_store() -> AbstractAsyncContextManager[SqliteStore]:
+        return open_store(
+            store, clock=clock, inline=inline_store, tap=tap or no_tap, meter=made._note_commit
+        )
+
+    made = Gateway(agent, channels, settings or Settings(), authorize, clock, opened_store)
     if listen is not None:
         made._events.add(listen)
     try:

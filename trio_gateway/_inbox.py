@@ -167,6 +167,7 @@ class Inbox:
                 session=session,
                 message_id=as_text(message.id),
                 reason=refusal.for_log or refusal.reason,
+                kind=refusal.kind,
             )
         )
         return Receipt(

@@ -116,6 +116,7 @@ class Running:
     over: trio.Event | None = None
     why: Why | None = None
     end: Settlement | None = None
+    ended_at: float = 0.0
     settled: bool = False
     messages: list[Message] = attrs.field(factory=list[Message])
 
@@ -497,6 +498,7 @@ class Turns:
         """Write the end, again and again until it is written or the gateway leaves (None), and
         with it the begin of whoever is next (the heir of the slot)."""
         tries = 0
+        child.ended_at = trio.current_time()
         while True:
             # Once it has failed, alone: the reason may be the other's.
             heir = None if tries else self._desk.sessions.next_begin_after(child.session)
@@ -617,6 +619,7 @@ class Turns:
             return
         ids = tuple(message.id for message in turn.messages)
         who: dict[str, Any] = {"session": turn.session, "turn": turn.id, "attempt": turn.attempt}
+        who["waited"] = max(0, turn.began_at - min(turn.accepted_at, default=turn.began_at)) / 1e6
         if turn.resumed is None:
             self._desk.events.emit(TurnBegun(**who, messages=ids))
             return
@@ -645,7 +648,11 @@ class Turns:
             return  # the busiest path of all
         events.emit(
             TurnSettled(
-                **_who(end), state=end.state, error=end.error, traceback=child.handle._traceback
+                **_who(end),
+                state=end.state,
+                error=end.error,
+                traceback=child.handle._traceback,
+                settling=trio.current_time() - child.ended_at,
             )
         )
         if (reply := reply_of(settled.deliveries)) is not None:

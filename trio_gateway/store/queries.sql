@@ -619,6 +619,25 @@ SELECT
    CROSS JOIN message ON message.turn = turn.id
    WHERE turn.state = 'QUARANTINED' AND message.state = 'quarantined');
 
+-- name: gauges
+-- What is open, for whoever watches: each number counts no further than a limit. A delivery's
+-- number follows the order of the commits, so the first one is the oldest.
+SELECT
+  (SELECT count(*) FROM (SELECT 1 FROM turn INDEXED BY turn_open
+                         WHERE settled_at IS NULL AND state = 'RUNNING' LIMIT ?1)),
+  (SELECT count(*) FROM (SELECT 1 FROM turn INDEXED BY turn_open
+                         WHERE settled_at IS NULL AND state = 'RESUME_PENDING' LIMIT ?1)),
+  (SELECT count(*) FROM (SELECT 1 FROM message WHERE state = 'queued' LIMIT ?1)),
+  (SELECT count(*) FROM (SELECT 1 FROM delivery INDEXED BY delivery_open
+                         WHERE state IN ('pending', 'sending') LIMIT ?1)),
+  (SELECT created_at FROM delivery INDEXED BY delivery_open
+   WHERE state IN ('pending', 'sending') ORDER BY id LIMIT 1),
+  (SELECT count(*) FROM (SELECT 1 FROM delivery WHERE state = 'dead' LIMIT ?1)),
+  (SELECT count(*) FROM (SELECT 1 FROM turn INDEXED BY turn_quarantined
+                         CROSS JOIN message ON message.turn = turn.id
+                         WHERE turn.state = 'QUARANTINED' AND message.state = 'quarantined'
+                         LIMIT ?1));
+
 -- name: open_turns
 -- Every open turn and its marker.
 SELECT turn.id, session.channel, session.name, turn.state, turn.attempt, turn.reason, turn.begun_at,
