@@ -37,7 +37,7 @@ LAYERS = (
     ("_recovery", "_shutdown", "_inbox"),
     ("_turns",),
     ("_agents", "_steps", "_outbox", "_waiters"),
-    ("_links", "_sessions", "_stream", "_settings"),
+    ("_links", "_sessions", "_stream", "_settings", "_tally", "_tracing", "_traces"),
     ("channels",),
     ("store",),
     ("_clock", "_policy", "_events", "_strangers", "_jsonable"),

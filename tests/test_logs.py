@@ -113,6 +113,7 @@ def test_an_event_is_one_flat_record() -> None:
         "turn": 3,
         "attempt": 2,
         "messages": ["m1", "m2"],
+        "waited": 0.0,
         "reason": "crash",
         "interrupted_at": "2026-11-01T12:00:00.000000Z",
         "alone": False,

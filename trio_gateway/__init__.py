@@ -46,6 +46,7 @@ from ._messages import (
 )
 from ._policy import Busy, DeliveryRules, Limits, ResumeRules, StopPlan
 from ._settings import Settings
+from ._tally import Histogram, Tally
 from ._turns import Turn, TurnInfo
 from .channels import Channel
 from .store import Resumed
@@ -76,6 +77,7 @@ __all__ = [
     "GatewayError",
     "GatewayState",
     "GatewayStopping",
+    "Histogram",
     "HistoryItem",
     "Instant",
     "Intake",
@@ -110,6 +112,7 @@ __all__ = [
     "StoreInUse",
     "StoreSchemaError",
     "SystemClock",
+    "Tally",
     "Turn",
     "TurnInfo",
     "TurnState",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -17,8 +17,16 @@ from ._activation import listen_fds
 from ._allowance import named_unit
 from ._cli import EXIT_CONFIG, UsageError
 from ._config import DEFAULT, Config, Given, HttpConfig, LogLevel, load_config, parse_duration
-from ._errors import ConfigError, GatewayError, NotFound, StoreCorrupt, StoreError
+from ._errors import (
+    ConfigError,
+    GatewayError,
+    NotFound,
+    StoreCorrupt,
+    StoreError,
+    needs_extra,
+)
 from ._signals import SignalDesk
+from ._tracing import is_wanted
 from .channels import Channel
 from .http import read_token, token_path
 from .store import (
@@ -30,6 +38,9 @@ from .store import (
     edit_store,
     read_store,
 )
+
+if TYPE_CHECKING:
+    from ._host import HostLog, HostTraces
 
 T = TypeVar("T")
 
@@ -163,14 +174,34 @@ def _host(agent: str, told: Config, channels: Sequence[Channel], signals: Signal
     with logging_to_stderr(_log_level(told, channels), told.sections.log.format) as log:
         for warning in told.warnings():
             log.say("warning", "configuration", warning=warning)
+        loaded = load_agent(agent)
         return host(
-            load_agent(agent),
+            loaded,
             store=told.sections.store.path,
             channels=channels,
             settings=told.settings(),
             log=log,
             signals=signals,
+            traces=_traces(told, log),
         )
+
+
+def _traces(told: Config, log: HostLog) -> HostTraces | None:
+    """Where spans go, if anywhere. After the agent was loaded: it may have a provider of its own.
+    OTEL_* may be meant for other programs: they turn traces on, and keep no gateway from starting.
+    """
+    endpoint = told.sections.traces.endpoint
+    if not is_wanted(endpoint, os.environ):
+        return None
+    try:
+        with needs_extra("otel", "[traces]"):
+            from ._traces import open_export
+        return open_export(endpoint, os.environ, log)
+    except ConfigError as error:
+        if endpoint is not None:
+            raise
+        log.say("warning", "traces", message=f"no traces: {error}")
+        return None
 
 
 _OPTIONS: Final = {

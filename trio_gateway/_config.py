@@ -20,6 +20,7 @@ from datetime import timedelta
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any, Final, NewType, cast
+from urllib.parse import urlsplit
 
 import attrs
 import cattrs
@@ -40,6 +41,9 @@ Grace = NewType("Grace", float)
 
 Budget = NewType("Budget", float)
 """Seconds. Left out, derived from the grace; see `plan_stop`."""
+
+Endpoint = NewType("Endpoint", str)
+"""The address of a collector of traces: a URL."""
 
 LONGEST: Final = timedelta(days=36_500)
 LARGEST: Final = 2**31 - 1
@@ -148,6 +152,14 @@ class LogConfig:
 
 
 @attrs.frozen(kw_only=True)
+class TracesConfig:
+    """[traces]: where spans are sent, by OpenTelemetry."""
+
+    endpoint: Endpoint | None = None
+    """Of an OTLP collector, over HTTP; None: what OTEL_* says, and nowhere if it says nothing."""
+
+
+@attrs.frozen(kw_only=True)
 class ConsoleConfig:
     """[channels.console]: a person at a terminal."""
 
@@ -208,6 +220,7 @@ class Sections:
     delivery: DeliveryRules = Settings().delivery
     chat: ChatConfig = ChatConfig()
     log: LogConfig = LogConfig()
+    traces: TracesConfig = TracesConfig()
     channels: ChannelsConfig = ChannelsConfig()
 
 
@@ -594,6 +607,22 @@ def _string(value: object, _: object) -> str:
     return str(value)
 
 
+def _endpoint(value: object, _: object) -> Endpoint:
+    expected = 'expected a URL like "http://localhost:4318"'
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(expected)
+    try:
+        parts = urlsplit(value)
+        _ = parts.port
+    except ValueError:
+        raise ValueError(expected) from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(expected)
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(f"{expected} without a password (that is for OTEL_EXPORTER_OTLP_HEADERS)")
+    return Endpoint(str(value))
+
+
 def _strings(value: object, _: object) -> tuple[str, ...]:
     if isinstance(value, _Text):
         value = [part for part in value.split(",") if part]
@@ -649,6 +678,7 @@ def _make_converter() -> cattrs.Converter:
         (timedelta | None, _or_none(_positive)),
         (Grace | None, _grace),
         (Budget | None, _budget),
+        (Endpoint | None, _or_none(_endpoint)),
     )
     for kind, hook in hooks:
         converter.register_structure_hook(kind, hook)

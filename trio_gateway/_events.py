@@ -11,7 +11,7 @@ from datetime import datetime
 import attrs
 
 from ._markers import ResumeReason, TurnState
-from ._messages import Delivery, SessionKey
+from ._messages import Delivery, RefusalKind, SessionKey
 
 
 @attrs.frozen(kw_only=True)
@@ -53,6 +53,7 @@ class MessageRefused(Event):
     session: SessionKey
     message_id: str
     reason: str
+    kind: RefusalKind = RefusalKind.MALFORMED
 
 
 @attrs.frozen(kw_only=True)
@@ -86,9 +87,11 @@ class TurnEvent(Event):
 
 @attrs.frozen(kw_only=True)
 class TurnBegun(TurnEvent):
-    """RUNNING is on disk; the agent is called next."""
+    """RUNNING is on disk; the agent is called next. `waited`: how long ago, in seconds, the first
+    of its messages was accepted."""
 
     messages: tuple[str, ...]
+    waited: float = 0.0
 
 
 @attrs.frozen(kw_only=True)
@@ -102,11 +105,13 @@ class TurnResumed(TurnBegun):
 
 @attrs.frozen(kw_only=True)
 class TurnSettled(TurnEvent):
-    """A turn has ended, on disk, with everything that ends with it."""
+    """A turn has ended, on disk, with everything that ends with it. `settling`: seconds from the
+    agent's end until that was on disk; None where no agent's call has ended the turn."""
 
     state: TurnState
     error: str | None = None
     traceback: str | None = None
+    settling: float | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -49,6 +49,7 @@ from ._errors import (
     NotFound,
     StoreClosed,
     StoreError,
+    needs_extra,
     shown,
     unwrap,
 )
@@ -67,6 +68,7 @@ from ._inbox import Authorize, ChannelIntake, Inbox, as_text, refused_error
 from ._links import Links
 from ._markers import ResumeReason, TurnState
 from ._messages import (
+    LOCAL,
     Cursor,
     Delivery,
     HistoryItem,
@@ -91,6 +93,8 @@ from ._policy import (
 from ._sessions import Sessions
 from ._settings import Settings
 from ._stream import EventStream
+from ._tally import Tally
+from ._tracing import NO_TRACES, Tracer, TracerProvider
 from ._turns import RETRY_CAP, Desk, Running, TurnInfo, Turns, Why, pending_end
 from ._waiters import Asked, Outcome, Waiters
 from .channels import Channel
@@ -136,12 +140,14 @@ class Gateway:
         settings: Settings,
         authorize: Authorize | None,
         clock: Clock,
+        tracer: Tracer,
         store: Callable[[], AbstractAsyncContextManager[SqliteStore]],
     ) -> None:
         self._agent = agent
         self._settings = settings
         self._authorize = authorize
         self._clock = clock
+        self._tracer = tracer
         self._open_store = store
         self._events = EventStream(self._fail)
         self._waiters = Waiters()
@@ -159,6 +165,7 @@ class Gateway:
         self._stop_requested = trio.Event()
         self._stopped = trio.Event()
         self._window = _shutdown.Window()
+        self._tally: Tally | None = None
         self.plan: StopPlan = plan_stop(settings.grace, settings.budget)
         """The stop's budget and its windows, in seconds."""
         self.state: AsyncValue[GatewayState] = AsyncValue(GatewayState.STARTING)
@@ -301,6 +308,11 @@ class Gateway:
     # ----- for whoever looks after it
 
     @property
+    def clock(self) -> Clock:
+        """Where it takes its time from."""
+        return self._clock
+
+    @property
     def channels(self) -> tuple[str, ...]:
         """What its channels are called."""
         return self._links.names
@@ -393,6 +405,18 @@ class Gateway:
     def listen(self, listener: Callable[[Event], None]) -> AbstractContextManager[None]:
         """Call `listener` with each event while the block lasts. It must not block."""
         return self._events.listen(listener)
+
+    def count(self) -> Tally:
+        """Count what happens from now on, for the rest of this life; asked again, the same tally.
+        `Channel.attach` is early enough for the boot to be counted, too."""
+        if self._tally is None:
+            self._tally = Tally((*self._links.names, LOCAL), trio.current_time)
+            self._events.add(self._tally.hear)
+        return self._tally
+
+    def _note_commit(self, operations: int, seconds: float) -> None:
+        if self._tally is not None:
+            self._tally.note_commit(operations, seconds)
 
     @property
     def draining(self) -> AsyncBool:
@@ -704,6 +728,7 @@ class Gateway:
             self._events,
             self._settings.delivery,
             self._clock,
+            self._tracer,
             self._settings.limits.deliveries,
             on_end=lambda name: self.request_stop(by=f"channel {name} has ended"),
             on_quiet=self._on_quiet,
@@ -718,10 +743,12 @@ class Gateway:
             waiters=self._waiters,
             events=self._events,
             clock=self._clock,
+            tracer=self._tracer,
             busy=self._settings.busy,
             time_limit=self._settings.time_limit,
             draining=self._draining,
             ask_restart=self._ask_restart,
+            stop_reason=lambda: str(self.stop_reason or "host"),
             on_quiet=self._on_quiet,
             on_failure=self._fail,
         )
@@ -894,6 +921,7 @@ async def open_gateway(
     clock: Clock | None = None,
     inline_store: bool = False,
     tap: Callable[[str], None] | None = None,
+    tracer_provider: TracerProvider | None = None,
 ) -> AsyncGenerator[Gateway, None]:
     """Host `agent` for the length of the block; leaving the block drains.
 
@@ -903,7 +931,8 @@ async def open_gateway(
     cancelled block has no grace: the turns are marked, then cancelled.
 
     `authorize` is asked for every message and for every turn that resumes. `listen` hears every
-    event of this life, the first and the last included; it must not block. `clock`,
+    event of this life, the first and the last included; it must not block. `tracer_provider` is
+    one of OpenTelemetry, which gets spans; flushing it is its owner's. `clock`,
     `inline_store` and `tap` are for tests; see `trio_gateway.testing`.
 
     Raises `StoreInUse`, `StoreCorrupt`, `StoreSchemaError`, `StoreIOError`, `AgentNotUsable`,
@@ -911,14 +940,14 @@ async def open_gateway(
     leaving.
     """
     clock = clock or SystemClock()
-    made = Gateway(
-        agent,
-        channels,
-        settings or Settings(),
-        authorize,
-        clock,
-        lambda: open_store(store, clock=clock, inline=inline_store, tap=tap or no_tap),
-    )
+
+    def opened_store() -> AbstractAsyncContextManager[SqliteStore]:
+        return open_store(
+            store, clock=clock, inline=inline_store, tap=tap or no_tap, meter=made._note_commit
+        )
+
+    tracer = NO_TRACES if tracer_provider is None else _tracer_of(tracer_provider)
+    made = Gateway(agent, channels, settings or Settings(), authorize, clock, tracer, opened_store)
     if listen is not None:
         made._events.add(listen)
     try:
@@ -940,6 +969,12 @@ async def open_gateway(
             # The nursery is ours, and its wrapping says nothing to the caller.
             raise group.exceptions[0] from group.exceptions[0].__cause__  # noqa: ASYNC123
         raise
+
+
+def _tracer_of(provider: TracerProvider) -> Tracer:
+    with needs_extra("otel", "tracer_provider"):
+        from ._traces import OtelTracer
+    return OtelTracer(provider)
 
 
 def _is_cancelled(error: BaseException) -> bool:

@@ -38,6 +38,7 @@ from ._signals import EXIT_FAILURE, EXIT_RESTART, SignalDesk, Stop, write_some
 from ._stall import Stall, watching_for_stalls
 from ._supervisor import Supervisor, status_of
 from ._tasktree import task_tree
+from ._tracing import TracerProvider
 from .channels import Channel
 
 EXIT_OK: Final = 0
@@ -45,6 +46,9 @@ EXIT_CONFIG: Final = 78
 
 FLUSH: Final = 1.0
 """Seconds that the log gets to be written at the end."""
+
+TRACES: Final = 2.0
+"""Seconds that spans get to leave at the end, if the budget has them."""
 
 LINGER: Final = 3.0
 """Seconds that the process gets to end by itself after the gateway has, if the budget has them."""
@@ -66,6 +70,19 @@ class HostLog(Protocol):
         ...
 
 
+class HostTraces(Protocol):
+    """Where spans go, if anywhere."""
+
+    @property
+    def provider(self) -> TracerProvider:
+        """Who makes them."""
+        ...
+
+    def close(self, timeout: float) -> None:
+        """Let them leave, for at most `timeout` seconds."""
+        ...
+
+
 def host(
     agent: Any,
     *,
@@ -74,6 +91,7 @@ def host(
     settings: Settings,
     log: HostLog,
     signals: SignalDesk,
+    traces: HostTraces | None = None,
 ) -> int:
     """Host an agent until somebody stops it; return the exit code for the process.
 
@@ -89,8 +107,9 @@ def host(
         log.say("info", "stopped_before_start", by=signals.asked.by)
         code = _code(signals.asked.reason)
     else:
-        house = _House(agent, store, channels, settings, log, signals)
+        house = _House(agent, store, channels, settings, log, signals, traces)
         code = house.live_and_end()
+        house.send_traces()
     log.flush(min(FLUSH, signals.time_left / 2))
     signals.leave_within(min(LINGER, signals.time_left / 2), code)
     signals.take_no_more()
@@ -112,10 +131,17 @@ class _House:
         settings: Settings,
         log: HostLog,
         signals: SignalDesk,
+        traces: HostTraces | None,
     ) -> None:
         self._open: Callable[[], Any] = lambda: open_gateway(
-            agent, store=store, channels=channels, settings=settings, listen=self._hear
+            agent,
+            store=store,
+            channels=channels,
+            settings=settings,
+            listen=self._hear,
+            tracer_provider=None if traces is None else traces.provider,
         )
+        self._traces = traces
         self._plan = plan_stop(settings.grace, settings.budget)
         self._log = log
         self._signals = signals
@@ -239,6 +265,11 @@ class _House:
 
     # ----- the end
 
+    def send_traces(self) -> None:
+        """Let spans leave, in a part of the time that is left."""
+        if self._traces is not None:
+            self._traces.close(min(TRACES, self._signals.time_left / 3))
+
     def _code(self) -> int:
         """A stop that nobody asked for, or that a failure asked for, was not served."""
         if self._gateway is None:
@@ -264,6 +295,7 @@ class _House:
 
     def _leave(self, report: DrainReport) -> None:
         """Leave turns behind that swallow their cancellation: the stop was served, they resume."""
+        self.send_traces()
         self._log.flush(min(FLUSH, self._signals.time_left / 2))
         os._exit(self._code())
 

@@ -64,12 +64,26 @@ class Inbox:
         self._commands = commands
         self.open = True
 
-    async def accept(
+    def accept(
         self, messages: Sequence[Message], cursor: Cursor | None
-    ) -> tuple[Receipt, ...]:
+    ) -> Awaitable[tuple[Receipt, ...]]:
         """Take messages in with the cursor that covers them; receipts in the same order."""
         _check_messages(messages)
         _check_cursor(cursor)
+        accept = self._accept_traced if self._desk.tracer.on else self._accept
+        return accept(messages, cursor)
+
+    async def _accept_traced(
+        self, messages: Sequence[Message], cursor: Cursor | None
+    ) -> tuple[Receipt, ...]:
+        with self._desk.tracer.accepting(messages) as arrived:
+            receipts = await self._accept(arrived.messages, cursor)
+            arrived.answered(receipts)
+            return receipts
+
+    async def _accept(
+        self, messages: Sequence[Message], cursor: Cursor | None
+    ) -> tuple[Receipt, ...]:
         denied = await self._denied(messages)
         chosen: list[tuple[Session, Arrival]] = []
         refused: dict[int, Refusal] = {}
@@ -167,6 +181,7 @@ class Inbox:
                 session=session,
                 message_id=as_text(message.id),
                 reason=refusal.for_log or refusal.reason,
+                kind=refusal.kind,
             )
         )
         return Receipt(

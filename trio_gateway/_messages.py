@@ -20,6 +20,9 @@ LOCAL: Final = "local"
 with `Gateway.ask`: for it, committed is delivered."""
 
 _CHANNEL_NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_TRACEPARENT: Final = re.compile(
+    "(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)
 
 
 @attrs.frozen
@@ -52,12 +55,18 @@ def is_channel_name(name: str) -> bool:
     return isinstance(name, str) and _CHANNEL_NAME.fullmatch(name) is not None
 
 
+def is_traceparent(text: object) -> bool:
+    """Whether `text` is a trace context as W3C writes it in the header `traceparent`."""
+    return isinstance(text, str) and _TRACEPARENT.fullmatch(text) is not None
+
+
 @attrs.frozen(kw_only=True)
 class Message:
     """What somebody sent.
 
     `id` is the platform's: unique within the channel, the same when the platform sends it again.
-    `sender` is the platform's immutable id of who sent it, never a display name.
+    `sender` is the platform's immutable id of who sent it, never a display name. `traceparent` is
+    the trace (W3C) that it is part of; kept with it, so that its turn goes on in that trace.
     """
 
     session: str
@@ -65,6 +74,7 @@ class Message:
     text: str
     sender: str | None = None
     channel: str = LOCAL
+    traceparent: str | None = None
 
     @property
     def key(self) -> SessionKey:
@@ -151,7 +161,8 @@ class Delivery:
 
     `repeat` is true when an earlier try may have arrived (the process died between the sending
     and the record of it, on a channel without idempotent send). `final` is true for the last
-    part of the reply with which a turn settled. `part` counts from 1.
+    part of the reply with which a turn settled. `part` counts from 1. `traceparent` is the trace
+    (W3C) of the attempt that said it.
     """
 
     id: int
@@ -168,6 +179,7 @@ class Delivery:
     turn: int | None = None
     tries: int = 0
     not_before: datetime | None = None
+    traceparent: str | None = None
 
 
 @attrs.frozen(kw_only=True)

@@ -41,6 +41,7 @@ from ._policy import DeliveryRules, retry_delay
 from ._sessions import Sessions
 from ._strangers import theirs
 from ._stream import EventStream
+from ._tracing import Tracer
 from .store import Store
 
 NOTICE_TIMEOUT: Final = 2.0
@@ -94,6 +95,7 @@ class Outbox:
         events: EventStream,
         rules: DeliveryRules,
         clock: Clock,
+        tracer: Tracer,
         at_once: int,
         *,
         on_end: Callable[[str], None],
@@ -104,6 +106,7 @@ class Outbox:
         self._events = events
         self._rules = rules
         self._clock = clock
+        self._tracer = tracer
         self._on_end = on_end
         self._on_quiet = on_quiet
         self._wires = {name: _Wire(links[name], at_once) for name in links.names}
@@ -241,8 +244,11 @@ class Outbox:
     async def _send(self, link: Link, delivery: Delivery) -> bool:
         notice = delivery.kind is ReplyKind.NOTICE
         timeout = NOTICE_TIMEOUT if notice else self._rules.timeout
-        with trio.CancelScope(relative_deadline=timeout) as scope:
-            await link.channel.send(delivery)
+        with self._tracer.deliver(delivery) as span:
+            with trio.CancelScope(relative_deadline=timeout) as scope:
+                await link.channel.send(delivery)
+            if scope.cancelled_caught:
+                span.cancelled("time_limit")
         return not scope.cancelled_caught
 
     def _next(self, wire: _Wire, lane: _Lane) -> None:

@@ -17,7 +17,7 @@ import attrs
 
 from ._errors import InvalidInput, shown
 from ._markers import Marker, ResumeReason
-from ._messages import Message, RefusalKind, SessionKey, is_channel_name
+from ._messages import Message, RefusalKind, SessionKey, is_channel_name, is_traceparent
 
 if TYPE_CHECKING:
     import regex
@@ -109,6 +109,9 @@ def malformed(message: Message, limits: Limits) -> Refusal | None:
         refusal := _bad_key("sender", message.sender, limits.key_length)
     ):
         return refusal
+    if message.traceparent is not None and not is_traceparent(message.traceparent):
+        got = shown(message.traceparent)
+        return Refusal(f"traceparent: expected a W3C trace context, 00-…-…-01, got {got}")
     return _bad_text(message.text, limits.message_bytes)
 
 

@@ -16,6 +16,7 @@ import math
 import typing
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from functools import partial
 from typing import Any, Final, TypeVar, cast
@@ -131,6 +132,10 @@ class Memory(typing.Protocol):
         """Microseconds since 1970."""
         ...
 
+    def traced(self, name: str, *, remembered: bool = False) -> AbstractContextManager[object]:
+        """Around a step: its span."""
+        ...
+
 
 @attrs.define(eq=False)
 class Steps:
@@ -161,16 +166,18 @@ class Steps:
         if name in self.known:
             done = self.known[name]
             if done is not None:
-                await trio.lowlevel.checkpoint()
+                with self.memory.traced(name, remembered=True):
+                    await trio.lowlevel.checkpoint()
                 return load(what, done, kind)
             if effect is Effect.UNSAFE:
                 raise StepInDoubt(name)
         began_at = self.memory.now()
-        if effect is Effect.UNSAFE:
-            await self.memory.begin_step(name, effect)
-        stored = dump(what, await call(fn, *args))
-        result = load(what, stored, kind)
-        await self.memory.remember(name, effect, stored, began_at)
+        with self.memory.traced(name):
+            if effect is Effect.UNSAFE:
+                await self.memory.begin_step(name, effect)
+            stored = dump(what, await call(fn, *args))
+            result = load(what, stored, kind)
+            await self.memory.remember(name, effect, stored, began_at)
         self.known[name] = stored
         return result
 

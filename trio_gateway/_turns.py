@@ -17,9 +17,19 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Sequence,
+)
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import copy_context
 from enum import Enum
+from functools import partial
 from typing import Any, Final, NoReturn, TypeVar, overload
 
 import attrs
@@ -69,6 +79,7 @@ from ._sessions import Session, Sessions
 from ._steps import Effect, Steps
 from ._strangers import is_being_cancelled
 from ._stream import EventStream
+from ._tracing import NO_SPAN, Span, Tracer
 from ._waiters import Outcome, Waiters
 from .store import (
     MESSAGE_END,
@@ -116,6 +127,8 @@ class Running:
     over: trio.Event | None = None
     why: Why | None = None
     end: Settlement | None = None
+    span: Span = NO_SPAN
+    ended_at: float = 0.0
     settled: bool = False
     messages: list[Message] = attrs.field(factory=list[Message])
 
@@ -154,10 +167,12 @@ class Desk:
     waiters: Waiters
     events: EventStream
     clock: Clock
+    tracer: Tracer
     busy: Busy
     time_limit: float | None
     draining: AsyncBool
     ask_restart: Callable[[Running], None]
+    stop_reason: Callable[[], str]
     on_quiet: Callable[[], None]
     on_failure: Callable[[BaseException], None]
 
@@ -181,6 +196,9 @@ class Turns:
         async with trio.open_nursery() as nursery:
             self._agent = agent
             self._nursery = nursery
+            # What a task has in its context variables goes on in those that it starts: a turn must
+            # not find what the turn before it, which gave it its slot, had there.
+            self._context = copy_context()
             yield
 
     # ----- who is open
@@ -236,7 +254,8 @@ class Turns:
             self._over(turn.id)
         elif self._desk.sessions.door_open:
             self._open[turn.id] = child = self._child(session, turn)
-            self._nursery.start_soon(self._live, child, name=f"turn {turn.id} ({turn.session})")
+            name = f"turn {turn.id} ({turn.session})"
+            self._context.run(partial(self._nursery.start_soon, self._live, child, name=name))
 
     def dispatch(self) -> None:
         """Begin turns for those in line, as far as there are slots."""
@@ -405,6 +424,10 @@ class Turns:
         return child
 
     async def _live(self, child: Running) -> None:
+        with self._desk.tracer.turn(child.turn) as child.span:
+            await self._live_traced(child)
+
+    async def _live_traced(self, child: Running) -> None:
         try:
             if child.why is None:  # else it was ended before it could even start
                 self._say_begun(child.turn)
@@ -412,15 +435,18 @@ class Turns:
             child.handle._close()
             settled, heir = (None, None) if end is None else await self._settle(child, end)
             if end is None or settled is None:
+                child.span.cancelled(_why_in_a_word(child, self._desk))
                 self._say_interrupted(child)
                 self._ended(child)
             else:
+                child.span.note("outcome", end.state.value.lower())
                 self._note_settled(child, end, settled)
                 self._hand_over(child, settled, heir)
         except BaseException as error:  # noqa: ASYNC103 - what is no Exception is re-raised
             # Not the agent's: that is caught where it is called. Ours: stop in order. Or what owns
             # the agent has fallen over, and cancels all that runs inside it.
             self._gone(child)
+            child.span.cancelled("host")
             if not isinstance(error, Exception):
                 raise
             self._desk.on_failure(error)
@@ -439,6 +465,7 @@ class Turns:
         except BaseException as error:  # noqa: ASYNC103 - it raises what is not the agent's
             return self._fell_over(child, error)  # noqa: ASYNC104
         if child.why is None:
+            child.span.cancelled("time_limit")
             return self._end(child, TurnState.FAILED, SORRY_TIME, "took longer than its time limit")
         return None
 
@@ -468,6 +495,7 @@ class Turns:
         if child.why is not None:
             return None
         trace = "".join(traceback.format_exception(error))
+        child.span.failed(type(unwrap(error)).__name__)
         end = self._end(child, TurnState.FAILED, apology_for(error), _one_line(error))
         child.handle._traceback = trace
         return end
@@ -479,6 +507,8 @@ class Turns:
         kind = ReplyKind.ANSWER if state is TurnState.COMPLETED else ReplyKind.APOLOGY
         about = tuple(message.id for message in child.messages)
         reply = None if text is None else self.new_reply(turn.session, kind, text, about)
+        if reply is not None:
+            reply.traceparent = child.span.traceparent
         return Settlement(turn.id, turn.attempt, turn.session, turn.session_id, state, reply, error)
 
     def new_reply(
@@ -492,6 +522,16 @@ class Turns:
     # ----- settling
 
     async def _settle(
+        self, child: Running, end: Settlement
+    ) -> tuple[Settled | None, Session | None]:
+        child.ended_at = trio.current_time()
+        with self._desk.tracer.settle() as span:
+            settled, heir = await self._write_end(child, end)
+            if settled is None:
+                span.cancelled(_why_in_a_word(child, self._desk))
+            return settled, heir
+
+    async def _write_end(
         self, child: Running, end: Settlement
     ) -> tuple[Settled | None, Session | None]:
         """Write the end, again and again until it is written or the gateway leaves (None), and
@@ -617,6 +657,7 @@ class Turns:
             return
         ids = tuple(message.id for message in turn.messages)
         who: dict[str, Any] = {"session": turn.session, "turn": turn.id, "attempt": turn.attempt}
+        who["waited"] = max(0, turn.began_at - min(turn.accepted_at, default=turn.began_at)) / 1e6
         if turn.resumed is None:
             self._desk.events.emit(TurnBegun(**who, messages=ids))
             return
@@ -645,7 +686,11 @@ class Turns:
             return  # the busiest path of all
         events.emit(
             TurnSettled(
-                **_who(end), state=end.state, error=end.error, traceback=child.handle._traceback
+                **_who(end),
+                state=end.state,
+                error=end.error,
+                traceback=child.handle._traceback,
+                settling=trio.current_time() - child.ended_at,
             )
         )
         if (reply := reply_of(settled.deliveries)) is not None:
@@ -659,6 +704,15 @@ def _outcome(child: Running, end: Settlement, settled: Settled) -> Outcome | Non
     if reply is None or end.attempt > 1 or child.handle._said:
         return None
     return MESSAGE_END[end.state], (reply,)
+
+
+def _why_in_a_word(child: Running, desk: Desk) -> str:
+    """Why an attempt does not end by itself."""
+    if child.why is Why.STOPPED:
+        return "stop_command"
+    if child.why is Why.REPLACED:
+        return "superseded"
+    return desk.stop_reason()
 
 
 def note_unreadable(
@@ -795,6 +849,7 @@ class Turn:
             False,
             tuple(message.id for message in self._messages),
             links.is_local(turn.session.channel),
+            None if self._child is None else self._child.span.traceparent,
         )
         said = await self._write(
             self._desk.store.say, turn.id, turn.attempt, turn.session, turn.session_id, reply
@@ -939,6 +994,8 @@ class Turn:
         if taken.message is not None:
             self._desk.sessions.queue(session, -1)
             self._messages.append(taken.message)
+            if self._child is not None:
+                self._child.span.link(taken.message.traceparent)
         return taken.message
 
     async def leave(self) -> NoReturn:
@@ -969,6 +1026,13 @@ class Turn:
     def _must_be_open(self, what: str) -> None:
         if self._closed:
             raise AgentMisuse(f"{what}: this turn is over")
+
+    def _why_cancelled(self) -> str:
+        """Why something of this turn is cancelled, in a word: it may be the agent's own doing."""
+        child = self._child
+        if child is None or not child.scope.cancel_called:
+            return "agent"
+        return "time_limit" if child.why is None else _why_in_a_word(child, self._desk)
 
     async def _write(self, call: Callable[..., Awaitable[T]], *args: object) -> T:
         """Write until it is written: a full disk delays the agent, and loses nothing."""
@@ -1007,6 +1071,7 @@ class _Memory:
 
     def __init__(self, turn: Turn, desk: Desk, open_turn: OpenTurn) -> None:
         self._write = turn._write
+        self._why_cancelled = turn._why_cancelled
         self._desk = desk
         self._turn = open_turn
 
@@ -1041,6 +1106,16 @@ class _Memory:
     def now(self) -> int:
         """Microseconds since 1970."""
         return self._desk.clock.now().wall
+
+    @contextmanager
+    def traced(self, name: str, *, remembered: bool = False) -> Generator[None, None, None]:
+        """Around a step: its span."""
+        with self._desk.tracer.step(name, remembered=remembered) as span:
+            try:
+                yield
+            except trio.Cancelled:
+                span.cancelled(self._why_cancelled())
+                raise
 
 
 class _Arrivals:

@@ -14,7 +14,7 @@ from starlette.routing import Route, Router
 from starlette.websockets import WebSocket
 
 from .._errors import parted
-from . import _events, _hooks, _live, _look, _messages, _openai, _page, _socket
+from . import _events, _hooks, _live, _look, _messages, _metrics, _openai, _page, _socket
 from ._guard import headers_of
 from ._house import House
 from ._problem import Problem, problem_of
@@ -63,6 +63,7 @@ class App:
             at("GET", "/healthz", _look.get_healthz),
             at("GET", "/startupz", _look.get_startupz),
             at("GET", "/readyz", _look.Readiness().get),
+            at("GET", "/metrics", _metrics.get_metrics),
             *self._page_routes(),
         ]
 

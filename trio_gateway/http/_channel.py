@@ -17,6 +17,7 @@ from ._drafts import Drafts
 from ._follow import Reader
 from ._guard import Guard
 from ._house import House
+from ._metrics import Metrics
 from ._settings import HttpSettings
 from ._wire import Server, open_sockets, told
 
@@ -56,7 +57,12 @@ class HttpChannel(Channel):
     def attach(self, gateway: Gateway) -> None:
         """See `Channel.attach`."""
         self._house = House(
-            gateway, self.settings, self._guard, self.name, hook_secret=self._hook_secret
+            gateway,
+            self.settings,
+            self._guard,
+            self.name,
+            Metrics(gateway),
+            hook_secret=self._hook_secret,
         )
 
     async def serve(self, intake: Intake, *, task_status: trio.TaskStatus[None]) -> None:
@@ -78,6 +84,7 @@ class HttpChannel(Channel):
             self.serving.set()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(drafts.run)
+                nursery.start_soon(house.metrics.run)
                 nursery.start_soon(Reader(house.bells, house.gateway, self.name).run)
                 await _serve(server, sockets, house.gateway.plan.spare / 2)
                 nursery.cancel_scope.cancel()

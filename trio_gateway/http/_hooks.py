@@ -23,7 +23,7 @@ from .._messages import Message
 from ._house import House
 from ._messages import accept
 from ._problem import Problem, answer
-from ._request import as_object, read_body
+from ._request import as_object, read_body, trace_of
 from ._token import read_private
 
 WINDOW: Final = 300
@@ -79,6 +79,7 @@ async def post_hook(house: House, request: Request) -> Response:
             text=_text(body),
             sender="webhook",
             channel=house.channel,
+            traceparent=trace_of(request),
         ),
     )
     return answer({"ok": True, "status": receipt.status.value}, 202)

@@ -17,6 +17,7 @@ from ..store import JournalEntry, StoreReader
 from ._board import Board
 from ._follow import Bell, Bells
 from ._guard import Guard
+from ._metrics import Metrics
 from ._request import session_of
 from ._settings import HttpSettings
 
@@ -55,6 +56,7 @@ class House:
     settings: HttpSettings
     guard: Guard
     channel: str
+    metrics: Metrics
     hook_secret: bytes | None = None
     bells: Bells = attrs.field(factory=Bells)
     board: Board = attrs.field(factory=Board)

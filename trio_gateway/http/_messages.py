@@ -18,7 +18,7 @@ from .._messages import Message, Receipt, ReceiptStatus, RefusalKind, Reply, Ses
 from ..store import JournalEntry
 from ._house import House
 from ._problem import RETRY_SOON, Problem, answer
-from ._request import only, read_object, text_of
+from ._request import only, read_object, text_of, trace_of
 
 ENDS: Final = frozenset({"answered", "failed", "stopped", "quarantined", "expired"})
 
@@ -70,7 +70,10 @@ async def post_message(house: House, request: Request) -> Response:
             f"session {session} belongs to another channel; here messages go to {house.channel}",
         )
     fields = await read_object(request, house.settings)
-    message = _message(house, session, fields, request.headers.get("idempotency-key"))
+    message = attrs.evolve(
+        _message(house, session, fields, request.headers.get("idempotency-key")),
+        traceparent=trace_of(request),
+    )
     wait = _asked_to_wait(house, request.headers.get("prefer", ""))
     if wait is None or house.draining:  # what begins after the restart is not worth a wait
         return _accepted(house, await accept(house, message))

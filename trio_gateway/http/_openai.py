@@ -24,7 +24,7 @@ from ._house import PAGE, House
 from ._messages import accept, outcome_within
 from ._openai_asked import Asked, ParamProblem, chat_asked, new_id, response_asked
 from ._problem import RETRY_SOON, Problem, answer
-from ._request import number, read_object
+from ._request import number, read_object, trace_of
 
 Send = Callable[[Any], Awaitable[None]]
 Write = Callable[[bytes], Awaitable[None]]
@@ -116,6 +116,7 @@ async def _question(house: House, request: Request, asked: Asked, prefix: str) -
         text=asked.text,
         sender=asked.sender,
         channel=house.channel,
+        traceparent=trace_of(request),
     )
     return _Question(asked, message, key is not None)
 

@@ -10,7 +10,7 @@ import trio
 from starlette.requests import Request
 
 from .._errors import shown
-from .._messages import SessionKey, is_channel_name
+from .._messages import SessionKey, is_channel_name, is_traceparent
 from ._problem import Problem
 from ._settings import HttpSettings
 
@@ -87,6 +87,12 @@ def as_number(name: str, text: str, most: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= most):
         raise Problem(422, "invalid", f"{name}: expected a number from 0 to {most}")
     return int(text)
+
+
+def trace_of(request: Request) -> str | None:
+    """The trace that a request is part of; one that makes no sense is none, as W3C has it."""
+    given = request.headers.get("traceparent")
+    return given if is_traceparent(given) else None
 
 
 def session_of(key: str, own: str, channels: tuple[str, ...]) -> SessionKey:

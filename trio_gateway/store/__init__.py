@@ -28,6 +28,7 @@ from ._lock import holder_of
 from ._reads import (
     Counts,
     DeadLetter,
+    Gauges,
     JournalEntry,
     MessageRow,
     OpenTurnRow,
@@ -252,6 +253,7 @@ __all__ = [
     "DeadLetter",
     "Draft",
     "Forgotten",
+    "Gauges",
     "JournalEntry",
     "Ledger",
     "MessageRow",

@@ -13,7 +13,7 @@ from cattrs.preconf.orjson import make_converter
 from .._clock import as_datetime
 from .._errors import lone_cause, unless_for_want_of_memory
 from .._markers import ResumeReason
-from .._messages import Delivery, Message, ReplyKind, SessionKey
+from .._messages import Delivery, Message, ReplyKind, SessionKey, is_traceparent
 from ._records import Draft
 
 _converter: Final = make_converter(forbid_extra_keys=False)
@@ -56,7 +56,9 @@ def dump_body(message: Message) -> str:
 # a bit fell over, and it is ours to say whose trouble that is.
 
 
-def load_message(key: SessionKey, message_id: str, body: bytes | None) -> Message:
+def load_message(
+    key: SessionKey, message_id: str, body: bytes | None, traceparent: bytes | None = None
+) -> Message:
     """A message from its row. Raises `BadRow`."""
     if body is None:
         raise BadRow("its text was forgotten")
@@ -66,8 +68,21 @@ def load_message(key: SessionKey, message_id: str, body: bytes | None) -> Messag
         unless_for_want_of_memory(error)
         raise BadRow(f"its body is not readable: {lone_cause(error)}") from error
     return Message(
-        session=key.name, id=message_id, text=read.text, sender=read.sender, channel=key.channel
+        session=key.name,
+        id=message_id,
+        text=read.text,
+        sender=read.sender,
+        channel=key.channel,
+        traceparent=load_traceparent(traceparent),
     )
+
+
+def load_traceparent(text: bytes | None) -> str | None:
+    """A trace context from its row; an unreadable one is no reason to lose a message."""
+    if not isinstance(text, bytes):
+        return None
+    read = text.decode(errors="replace")
+    return read if is_traceparent(read) else None
 
 
 def dump_ids(ids: tuple[str, ...]) -> str:
@@ -137,6 +152,7 @@ def load_delivery(row: tuple[Any, ...]) -> Delivery:
         turn=row[12],
         tries=min(row[13], MOST_TRIES),
         not_before=when(row[14]),
+        traceparent=load_traceparent(row[15]),
     )
 
 

@@ -260,6 +260,7 @@ class Ledger:
                 dump_body(message),
                 now,
                 now if arrival.command else None,
+                message.traceparent,
             ),
         )
         if not self._db.changes():
@@ -278,6 +279,8 @@ class Ledger:
                 session_id=session_id,
                 attempt=1,
                 messages=(message,),
+                began_at=now,
+                accepted_at=(now,),
             )
             return Admitted(receipt, session_id, turn)
         if arrival.interrupt and (stopped := self._replace(session_id, now)):
@@ -397,10 +400,11 @@ class Ledger:
         now = self._now.wall
         unreadable: list[Unreadable] = []
         while rows := self._waiting(request):
-            good: list[tuple[int, Message]] = []
-            for seq, message_id, body, _, _ in rows:
+            good: list[tuple[int, Message, int]] = []
+            for seq, message_id, body, _, _, at, trace in rows:
                 try:
-                    good.append((seq, load_message(request.session, message_id, body)))
+                    message = load_message(request.session, message_id, body, trace)
+                    good.append((seq, message, at))
                 except BadRow as bad:
                     unreadable.append(self._give_up(request, seq, message_id, str(bad), now))
             if not good:
@@ -408,7 +412,7 @@ class Ledger:
             try:
                 turn = self._begin_with(request, good, rows[0][3], rows[0][4], now)
             except BadRow as bad:
-                unreadable += [self._give_up(request, n, m.id, str(bad), now) for n, m in good]
+                unreadable += [self._give_up(request, n, m.id, str(bad), now) for n, m, _ in good]
             else:
                 return Begun(turn, tuple(unreadable))
         return Begun(None, tuple(unreadable))
@@ -426,7 +430,7 @@ class Ledger:
     def _begin_with(
         self,
         request: Begin,
-        taken: list[tuple[int, Message]],
+        taken: list[tuple[int, Message, int]],
         retry_of: int | None,
         conversation: int,
         now: int,
@@ -439,15 +443,17 @@ class Ledger:
             query("add_turn"),
             (turn_id, request.session_id, conversation, self._epoch, now, retry_of),
         )
-        for seq, _ in taken:
+        for seq, _, _ in taken:
             self._run(query("take_message"), (turn_id, seq))
         turn = OpenTurn(
             id=turn_id,
             session=request.session,
             session_id=request.session_id,
             attempt=1,
-            messages=tuple(message for _, message in taken),
+            messages=tuple([message for _, message, _ in taken]),
             steps=steps,
+            began_at=now,
+            accepted_at=tuple([at for _, _, at in taken]),
         )
         if goes_on:
             self._run(query("copy_steps"), (turn_id, retry_of))
@@ -493,7 +499,7 @@ class Ledger:
         self._run(query("resume_turn"), (self._epoch, self._now.wall, *key))
         if not self._db.changes():
             return None
-        messages, bad = self._read(pending)
+        messages, accepted_at, bad = self._read(pending)
         checkpoint, restart_asked, reason, at = self._first("resumed_turn", (pending.id,)) or (
             None,
             0,
@@ -512,6 +518,8 @@ class Ledger:
             steps=self._steps(pending.id),
             restart_asked=bool(restart_asked),
             alone=pending.marker.crashes >= _policy.SUSPECT_AT,
+            began_at=self._now.wall,
+            accepted_at=accepted_at,
         )
 
     def messages_of(self, pending: PendingTurn) -> tuple[Message, ...]:
@@ -520,18 +528,21 @@ class Ledger:
 
     def _read(
         self, pending: PendingTurn
-    ) -> tuple[tuple[Message, ...], list[tuple[int, str, BadRow]]]:
-        """The messages that can be read, and number, id and fault of those that cannot."""
+    ) -> tuple[tuple[Message, ...], tuple[int, ...], list[tuple[int, str, BadRow]]]:
+        """The messages that can be read and when they were accepted; number, id and fault of those
+        that cannot."""
         good: list[Message] = []
+        accepted_at: list[int] = []
         bad: list[tuple[int, str, BadRow]] = []
-        for message_id, body, seq in self._all("messages_of", (pending.id,)):
+        for message_id, body, seq, at, trace in self._all("messages_of", (pending.id,)):
             try:
-                good.append(load_message(pending.session, message_id, body))
+                good.append(load_message(pending.session, message_id, body, trace))
+                accepted_at.append(at)
             except BadRow as fault:
                 bad.append((seq, message_id, fault))
         if not good:
             raise bad[0][2] if bad else BadRow("it has no message any more")
-        return tuple(good), bad
+        return tuple(good), tuple(accepted_at), bad
 
     def _give_up_all(
         self, pending: PendingTurn, bad: list[tuple[int, str, BadRow]]
@@ -628,9 +639,9 @@ class Ledger:
         now = self._now.wall
         unreadable: list[Unreadable] = []
         while row := self._first("waiting_messages", (request.session_id, 1)):
-            seq, message_id, body, _, _ = row
+            seq, message_id, body, _, _, _, trace = row
             try:
-                message = load_message(request.session, message_id, body)
+                message = load_message(request.session, message_id, body, trace)
             except BadRow as bad:
                 unreadable.append(self._give_up(request, seq, message_id, str(bad), now))
                 continue
@@ -735,7 +746,7 @@ class Ledger:
                 query("add_delivery"),
                 (
                     part_key, session_id, turn, reply.n, part, parts, reply.kind, about, text,
-                    attempt, final, state, self._epoch, now, arrived_at,
+                    attempt, final, state, self._epoch, now, arrived_at, reply.traceparent,
                 ),
             )  # fmt: skip
             if not self._db.changes():
@@ -754,6 +765,7 @@ class Ledger:
                     part=part,
                     parts=parts,
                     turn=turn,
+                    traceparent=reply.traceparent,
                 )
             )
         return tuple(made)

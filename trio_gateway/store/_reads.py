@@ -137,6 +137,20 @@ class Counts:
 
 
 @attrs.frozen(kw_only=True)
+class Gauges:
+    """What is open, for whoever watches; each number counts no further than a limit.
+    `oldest_undelivered` is when that delivery was committed."""
+
+    running: int
+    resume_pending: int
+    waiting: int
+    undelivered: int
+    oldest_undelivered: datetime | None
+    dead_letters: int
+    quarantined: int
+
+
+@attrs.frozen(kw_only=True)
 class JournalEntry:
     """One thing that happened in a session of a channel whose readers fetch what is said.
 
@@ -328,6 +342,19 @@ class StoreReader:
             undelivered=undelivered,
             dead_letters=dead,
             quarantined=quarantined,
+        )
+
+    def gauges(self, limit: int) -> Gauges:
+        """The same, for whoever asks again and again: no number counts further than `limit`."""
+        running, pending, waiting, undelivered, oldest, dead, aside = self._all("gauges", limit)[0]
+        return Gauges(
+            running=running,
+            resume_pending=pending,
+            waiting=waiting,
+            undelivered=undelivered,
+            oldest_undelivered=when(oldest),
+            dead_letters=dead,
+            quarantined=aside,
         )
 
     def open_turns(self) -> tuple[OpenTurnRow, ...]:

@@ -40,6 +40,10 @@ class OpenTurn:
     alone: bool = False
     unreadable: tuple[Unreadable, ...] = ()
     """Messages of an earlier attempt that cannot be read back: they ended, the turn goes on."""
+    began_at: int = 0
+    """When this attempt began, in microseconds since 1970."""
+    accepted_at: tuple[int, ...] = ()
+    """When each of `messages` was accepted."""
 
 
 @attrs.define
@@ -97,6 +101,7 @@ class NewReply:
     final: bool
     about: tuple[str, ...]
     arrived: bool = False
+    traceparent: str | None = None
 
 
 @attrs.define

@@ -47,14 +47,14 @@ from ._records import (
     WaitingSession,
 )
 from ._sql import read_sql
-from ._writer import InlineWriter, Tap, ThreadWriter, Writer, no_tap
+from ._writer import InlineWriter, Meter, Tap, ThreadWriter, Writer, no_meter, no_tap
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 APPLICATION_ID: Final = 0x74726977  # "triw"
-SCHEMA_VERSION: Final = 2
-MIGRATIONS: Final[dict[int, str]] = {1: "migrate_1.sql"}
+SCHEMA_VERSION: Final = 3
+MIGRATIONS: Final[dict[int, str]] = {1: "migrate_1.sql", 2: "migrate_2.sql"}
 """From which version, the file that leads to the next one."""
 
 OLDEST_SQLITE: Final = (3, 51, 3)
@@ -264,12 +264,14 @@ async def open_store(
     clock: Clock | None = None,
     inline: bool = False,
     tap: Tap = no_tap,
+    meter: Meter = no_meter,
 ) -> AsyncGenerator[SqliteStore, None]:
     """Open the store at `path`, or make it; leaving the block closes it.
 
     Raises `StoreInUse` (another process has it), `StoreCorrupt`, `StoreSchemaError`,
     `StoreIOError`; in each case the file was not changed. `inline` runs writes in the loop instead
-    of on a thread. `tap` is called around every commit (see `testing.CrashPoints`).
+    of on a thread. `tap` is called around every commit (see `testing.CrashPoints`), `meter` after
+    every commit, with how many operations it had and how many seconds it took.
     """
     where = Path(path).absolute()  # noqa: ASYNC240 - pure, but for the current folder
     clock = clock or SystemClock()
@@ -284,7 +286,8 @@ async def open_store(
         except BaseException:
             _let_go(db)
             raise
-        writer = InlineWriter(db, ledger, tap) if inline else ThreadWriter(db, ledger, tap)
+        made = InlineWriter if inline else ThreadWriter
+        writer = made(db, ledger, tap, meter)
         store = SqliteStore(where, writer, ledger, reader)
         try:
             yield store

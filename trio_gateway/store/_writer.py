@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
+from time import monotonic
 from typing import Any, Final, Generic, Protocol, TypeVar, TypeVarTuple
 
 import apsw
@@ -41,6 +42,9 @@ CHECKPOINT_PAGES: Final = 2000
 Tap = Callable[[str], None]
 """Called with "before" and "after" around every commit. What it raises before, the commit raises;
 afterwards the commit stands, whatever is raised."""
+
+Meter = Callable[[int, float], None]
+"""Called after every commit, on the thread that makes it: how many operations, how many seconds."""
 
 
 class Book(Protocol):
@@ -102,12 +106,17 @@ def no_tap(moment: str) -> None:
     """The tap of a store that nobody tests."""
 
 
+def no_meter(operations: int, seconds: float) -> None:
+    """The meter of a store whose commits nobody counts."""
+
+
 class _Transactions:
     """Runs batches over one connection."""
 
-    def __init__(self, db: Database, tap: Tap, book: Book) -> None:
+    def __init__(self, db: Database, tap: Tap, meter: Meter, book: Book) -> None:
         self._db = db
         self._tap = tap
+        self._meter = meter
         self._book = book
         self._wal_pages = 0
         self._is_done = False
@@ -138,12 +147,14 @@ class _Transactions:
                     self.commit([operation])
 
     def _commit_together(self, batch: list[Operation[Any]]) -> None:
+        began = monotonic()
         self._db.execute("BEGIN IMMEDIATE")
         self._book.begins()
         for operation in batch:
             operation.outcome = outcome.Value(operation.call(*operation.args))
         self._tap("before")
         self._db.execute("COMMIT")
+        self._meter(len(batch), monotonic() - began)
         self._tap("after")
 
     def _roll_back(self) -> None:
@@ -180,8 +191,10 @@ class _Transactions:
 class ThreadWriter:
     """The writer of a running gateway: group commit on a thread of its own."""
 
-    def __init__(self, db: Database, book: Book, tap: Tap = no_tap) -> None:
-        self._transactions = _Transactions(db, tap, book)
+    def __init__(
+        self, db: Database, book: Book, tap: Tap = no_tap, meter: Meter = no_meter
+    ) -> None:
+        self._transactions = _Transactions(db, tap, meter, book)
         self._queue: SimpleQueue[Operation[Any] | None] = SimpleQueue()
         self._token = trio.lowlevel.current_trio_token()
         self._closed = False
@@ -292,8 +305,10 @@ class InlineWriter:
     """Runs each write at once, in the loop. For tests on a virtual clock, which would run away
     while a thread works, and for tools that have nothing else to do."""
 
-    def __init__(self, db: Database, book: Book, tap: Tap = no_tap) -> None:
-        self._transactions = _Transactions(db, tap, book)
+    def __init__(
+        self, db: Database, book: Book, tap: Tap = no_tap, meter: Meter = no_meter
+    ) -> None:
+        self._transactions = _Transactions(db, tap, meter, book)
         self._closed = False
 
     async def run(self, call: Callable[[*Ts], T], *args: *Ts) -> T:

@@ -36,8 +36,9 @@ SELECT value FROM cursor WHERE channel = ?;
 
 -- name: add_message
 -- Insert if absent; a second arrival of the same id changes nothing (promise 1).
-INSERT INTO message (channel, id, session, conversation, state, turn, body, accepted_at, ended_at)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (channel, id) DO NOTHING;
+INSERT INTO message (channel, id, session, conversation, state, turn, body, accepted_at, ended_at,
+                     traceparent)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (channel, id) DO NOTHING;
 
 -- name: add_turn
 -- Begin: the marker RUNNING, before any of the agent's code runs (promise 3).
@@ -46,8 +47,8 @@ VALUES (?1, ?2, ?3, 'RUNNING', ?4, ?5, ?5, ?6);
 
 -- name: waiting_messages
 -- What a session has waiting, in the order of acceptance.
-SELECT seq, id, CAST(body AS BLOB), turn, conversation FROM message
-WHERE session = ? AND state = 'queued' ORDER BY seq LIMIT ?;
+SELECT seq, id, CAST(body AS BLOB), turn, conversation, accepted_at, CAST(traceparent AS BLOB)
+FROM message WHERE session = ? AND state = 'queued' ORDER BY seq LIMIT ?;
 
 -- name: take_message
 -- A turn takes a waiting message.
@@ -162,7 +163,7 @@ ORDER BY turn.id;
 
 -- name: messages_of
 -- The messages that a turn is to answer: those of its own session.
-SELECT id, CAST(body AS BLOB), seq FROM message
+SELECT id, CAST(body AS BLOB), seq, accepted_at, CAST(traceparent AS BLOB) FROM message
 WHERE turn = ?1 AND state = 'running' AND session = (SELECT session FROM turn WHERE id = ?1)
 ORDER BY seq;
 
@@ -237,8 +238,8 @@ FROM step WHERE turn = ?2;
 -- name: add_delivery
 -- Into the outbox, under its stable key; a second insert of the same key changes nothing.
 INSERT INTO delivery (key, session, turn, n, part, parts, kind, about, text, attempt, final, state,
-                      epoch, created_at, delivered_at)
-VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                      epoch, created_at, delivered_at, traceparent)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (key) DO NOTHING;
 
 -- name: reply_parts
@@ -251,7 +252,7 @@ WHERE turn = ? AND n = ? AND kind = ? ORDER BY attempt, part;
 SELECT delivery.id, session.channel, session.name, delivery.key, CAST(delivery.text AS BLOB),
        CAST(delivery.about AS BLOB), delivery.attempt, delivery.final, delivery.repeat,
        delivery.kind, delivery.part, delivery.parts, delivery.turn, delivery.tries,
-       delivery.not_before
+       delivery.not_before, CAST(delivery.traceparent AS BLOB)
 FROM delivery JOIN session ON session.id = delivery.session
 WHERE delivery.turn = ? AND delivery.kind IN ('answer', 'apology')
   AND delivery.state IN ('pending', 'sending')
@@ -262,7 +263,7 @@ ORDER BY delivery.id;
 SELECT delivery.id, session.channel, session.name, delivery.key, CAST(delivery.text AS BLOB),
        CAST(delivery.about AS BLOB), delivery.attempt, delivery.final, delivery.repeat,
        delivery.kind, delivery.part, delivery.parts, delivery.turn, delivery.tries,
-       delivery.not_before
+       delivery.not_before, CAST(delivery.traceparent AS BLOB)
 FROM delivery JOIN session ON session.id = delivery.session
 WHERE delivery.state IN ('pending', 'sending') ORDER BY delivery.id;
 
@@ -399,7 +400,7 @@ WHERE turn.id = ? AND turn.state = 'QUARANTINED';
 SELECT delivery.id, session.channel, session.name, delivery.key, CAST(delivery.text AS BLOB),
        CAST(delivery.about AS BLOB), delivery.attempt, delivery.final, delivery.repeat,
        delivery.kind, delivery.part, delivery.parts, delivery.turn, delivery.tries,
-       delivery.not_before
+       delivery.not_before, CAST(delivery.traceparent AS BLOB)
 FROM delivery JOIN session ON session.id = delivery.session
 WHERE delivery.id = ? AND delivery.state IN ('pending', 'sending');
 
@@ -617,6 +618,25 @@ SELECT
   (SELECT count(*) FROM turn INDEXED BY turn_quarantined
    CROSS JOIN message ON message.turn = turn.id
    WHERE turn.state = 'QUARANTINED' AND message.state = 'quarantined');
+
+-- name: gauges
+-- What is open, for whoever watches: each number counts no further than a limit. A delivery's
+-- number follows the order of the commits, so the first one is the oldest.
+SELECT
+  (SELECT count(*) FROM (SELECT 1 FROM turn INDEXED BY turn_open
+                         WHERE settled_at IS NULL AND state = 'RUNNING' LIMIT ?1)),
+  (SELECT count(*) FROM (SELECT 1 FROM turn INDEXED BY turn_open
+                         WHERE settled_at IS NULL AND state = 'RESUME_PENDING' LIMIT ?1)),
+  (SELECT count(*) FROM (SELECT 1 FROM message WHERE state = 'queued' LIMIT ?1)),
+  (SELECT count(*) FROM (SELECT 1 FROM delivery INDEXED BY delivery_open
+                         WHERE state IN ('pending', 'sending') LIMIT ?1)),
+  (SELECT created_at FROM delivery INDEXED BY delivery_open
+   WHERE state IN ('pending', 'sending') ORDER BY id LIMIT 1),
+  (SELECT count(*) FROM (SELECT 1 FROM delivery WHERE state = 'dead' LIMIT ?1)),
+  (SELECT count(*) FROM (SELECT 1 FROM turn INDEXED BY turn_quarantined
+                         CROSS JOIN message ON message.turn = turn.id
+                         WHERE turn.state = 'QUARANTINED' AND message.state = 'quarantined'
+                         LIMIT ?1));
 
 -- name: open_turns
 -- Every open turn and its marker.

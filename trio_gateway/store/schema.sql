@@ -39,6 +39,7 @@ CREATE TABLE session (
 
 -- What somebody sent. seq is the order of acceptance. state: queued, running, then one end:
 -- answered, failed, stopped, quarantined, expired. body is {"text", "sender"}; NULL once forgotten.
+-- traceparent (W3C) is the trace that its turn goes on in, in whichever process.
 CREATE TABLE message (
     seq          INTEGER PRIMARY KEY,
     channel      TEXT NOT NULL,
@@ -51,6 +52,7 @@ CREATE TABLE message (
     accepted_at  INTEGER NOT NULL,
     ended_at     INTEGER,
     error        TEXT,
+    traceparent  TEXT,
     UNIQUE (channel, id)
 ) STRICT;
 CREATE INDEX message_queued ON message (session, seq) WHERE state = 'queued';
@@ -131,7 +133,8 @@ CREATE TABLE delivery (
     error        TEXT,
     epoch        INTEGER NOT NULL,
     created_at   INTEGER NOT NULL,
-    delivered_at INTEGER
+    delivered_at INTEGER,
+    traceparent  TEXT
 ) STRICT;
 CREATE INDEX delivery_open ON delivery (id) WHERE state IN ('pending', 'sending');
 CREATE INDEX delivery_dead ON delivery (id) WHERE state = 'dead';
