@@ -31,10 +31,11 @@ from contextlib import (
     AbstractContextManager,
     asynccontextmanager,
     contextmanager,
+    nullcontext,
 )
 from datetime import timedelta
 from enum import Enum
-from typing import Any, Final, TypeVar, cast, overload
+from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
 import attrs
 import trio
@@ -114,6 +115,8 @@ FORGET_EVERY: Final = 3600.0
 
 T = TypeVar("T")
 
+Beside: TypeAlias = "Callable[[Gateway], AbstractAsyncContextManager[None]]"
+
 _ENDS: Final = frozenset(MESSAGE_END.values())
 
 
@@ -137,12 +140,14 @@ class Gateway:
         authorize: Authorize | None,
         clock: Clock,
         store: Callable[[], AbstractAsyncContextManager[SqliteStore]],
+        beside: Beside,
     ) -> None:
         self._agent = agent
         self._settings = settings
         self._authorize = authorize
         self._clock = clock
         self._open_store = store
+        self._beside = beside
         self._events = EventStream(self._fail)
         self._waiters = Waiters()
         self._links = Links(
@@ -294,6 +299,7 @@ class Gateway:
                 session=child.turn.session,
                 attempt=child.turn.attempt,
                 running_for=now - child.since,
+                step=child.step,
             )
             for child in self._turns.running()
         )
@@ -351,6 +357,21 @@ class Gateway:
             return
         self._sessions.paused = paused
         self._events.emit(TurnsPaused(paused=paused, by=by))
+        self._turns.dispatch()
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Go on with other settings: what arrives, begins or is sent from now on is held to them.
+        The rules of `resume` are read at a start, and wait for the next one. Raises
+        `GatewayStopping` once a stop was asked for, and changes nothing then."""
+        if self.stop_reason is not None or not self._recovered.is_set():
+            raise GatewayStopping("the gateway is not serving; its settings stay as they are")
+        before, self._settings = self._settings, settings
+        self.plan = plan_stop(settings.grace, settings.budget)
+        self._sessions.add_slots(settings.limits.turns - before.limits.turns)
+        self._sessions.collect = settings.busy is Busy.COLLECT
+        self._turns.desk.busy, self._turns.desk.time_limit = settings.busy, settings.time_limit
+        self._inbox.use(settings.limits, commands=settings.commands)
+        self._outbox.use(settings.delivery, settings.limits.deliveries)
         self._turns.dispatch()
 
     async def retry_quarantined(self, turn: int) -> bool:
@@ -477,16 +498,17 @@ class Gateway:
         # One block a line, though one statement could open several: the nesting is the design.
         with trio.CancelScope(shield=True):
             async with self._open_store() as self._store:
-                async with self._deliveries():
-                    async with self._intake():
-                        async with opened(self._agent) as agent:
-                            async with self._turns.hosting(agent):
-                                await self._recover()
-                                self._recovered.set()
-                                await self._until_stopped()
-                # Who asked for what has settled reads the answer from the store.
-                with trio.move_on_after(self.plan.spare):
-                    await self._waiters.wait_told()
+                async with self._beside(self):
+                    async with self._deliveries():
+                        async with self._intake():
+                            async with opened(self._agent) as agent:
+                                async with self._turns.hosting(agent):
+                                    await self._recover()
+                                    self._recovered.set()
+                                    await self._until_stopped()
+                    # Who asked for what has settled reads the answer from the store.
+                    with trio.move_on_after(self.plan.spare):
+                        await self._waiters.wait_told()
 
     @asynccontextmanager
     async def _deliveries(self) -> AsyncGenerator[None, None]:
@@ -772,7 +794,6 @@ class _House:
         self._outbox = gateway._outbox
         self._links = gateway._links
         self._events = gateway._events
-        self._settings = gateway._settings
 
     # ----- for recovery
 
@@ -823,7 +844,8 @@ class _House:
 
     def wants_notice(self, channel: str) -> bool:
         link = self._links.get(channel)
-        return self._settings.notices and link is not None and link.channel.notices
+        notices = self._gateway._settings.notices
+        return notices and link is not None and link.channel.notices
 
     # ----- for the shutdown
 
@@ -894,6 +916,7 @@ async def open_gateway(
     clock: Clock | None = None,
     inline_store: bool = False,
     tap: Callable[[str], None] | None = None,
+    beside: Beside | None = None,
 ) -> AsyncGenerator[Gateway, None]:
     """Host `agent` for the length of the block; leaving the block drains.
 
@@ -903,8 +926,10 @@ async def open_gateway(
     cancelled block has no grace: the turns are marked, then cancelled.
 
     `authorize` is asked for every message and for every turn that resumes. `listen` hears every
-    event of this life, the first and the last included; it must not block. `clock`,
-    `inline_store` and `tap` are for tests; see `trio_gateway.testing`.
+    event of this life, the first and the last included; it must not block. `beside` is a block that
+    is opened once the store is locked, and closed just before the lock is given back; its code runs
+    shielded, and must end soon when it is left. `clock`, `inline_store` and `tap` are for tests;
+    see `trio_gateway.testing`.
 
     Raises `StoreInUse`, `StoreCorrupt`, `StoreSchemaError`, `StoreIOError`, `AgentNotUsable`,
     `ConfigError` on entering; what the body raised, or the failure of the gateway's own code, on
@@ -918,6 +943,7 @@ async def open_gateway(
         authorize,
         clock,
         lambda: open_store(store, clock=clock, inline=inline_store, tap=tap or no_tap),
+        beside or _nothing_beside,
     )
     if listen is not None:
         made._events.add(listen)
@@ -940,6 +966,10 @@ async def open_gateway(
             # The nursery is ours, and its wrapping says nothing to the caller.
             raise group.exceptions[0] from group.exceptions[0].__cause__  # noqa: ASYNC123
         raise
+
+
+def _nothing_beside(_: Gateway) -> AbstractAsyncContextManager[None]:
+    return nullcontext()
 
 
 def _is_cancelled(error: BaseException) -> bool:

@@ -140,6 +140,8 @@ class Steps:
     known: dict[str, str | None]
     _uses: Counter[str] = attrs.field(factory=Counter[str], init=False)
     _taken: set[str] = attrs.field(factory=set[str], init=False)
+    under_way: list[str] = attrs.field(factory=list[str], init=False)
+    """Names of the steps whose functions run just now, the newest last."""
 
     def next_name(self, base: str) -> str:
         """The name of the next step called `base`: in a loop, the n-th time is the n-th step. Never
@@ -168,7 +170,11 @@ class Steps:
         began_at = self.memory.now()
         if effect is Effect.UNSAFE:
             await self.memory.begin_step(name, effect)
-        stored = dump(what, await call(fn, *args))
+        self.under_way.append(name)
+        try:
+            stored = dump(what, await call(fn, *args))
+        finally:
+            self.under_way.remove(name)
         result = load(what, stored, kind)
         await self.memory.remember(name, effect, stored, began_at)
         self.known[name] = stored
