@@ -57,7 +57,8 @@ class Control:
 
         `patience`: seconds to wait for each line; None: for ever.
         """
-        with _told_clearly(do):
+        # Who turns us away does not wait for what we ask, and has said why.
+        with _told_clearly(do), suppress(BrokenPipeError):
             self._socket.settimeout(PATIENCE)
             self._socket.sendall(encode({"do": do, **values}))
         self._socket.settimeout(patience)

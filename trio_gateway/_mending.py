@@ -35,7 +35,7 @@ RETRY_TURN: Final = Mending(
 DROP_TURN: Final = Mending(request="quarantine-drop", now="are given up", later="are given up")
 RETRY_LETTER: Final = Mending(
     request="dead-letter-retry",
-    now="is sent again now, marked as a possible repeat",
+    now="is sent again when its channel is connected, marked as a possible repeat",
     later="waits again: the next start sends it, marked as a possible repeat",
 )
 DROP_LETTER: Final = Mending(request="dead-letter-drop", now="is given up", later="is given up")
