@@ -400,12 +400,10 @@ async def test_a_peer_that_reads_nothing_holds_up_nobody(
 ) -> None:
     monkeypatch.setattr(_control_socket, "PATIENCE", 1.0)
     async with serving(tmp_path / "a.db") as (echo, _), talking(tmp_path / "a.db") as stream:
-        with trio.move_on_after(10):
-            with suppress(trio.BrokenResourceError):
-                while True:  # it never reads an answer, until it is cut off
-                    await stream.send_all(b'{"do": "drain"}\n' * 1000)
-        asked = len(echo.asked)
-        assert asked > 0
+        with pytest.raises(trio.BrokenResourceError):
+            while True:  # it never reads an answer, until it is cut off
+                await stream.send_all(b'{"do": "drain"}\n' * 1000)
+        assert echo.asked
         assert (await ask(tmp_path / "a.db", "status"))["ok"]
 
 

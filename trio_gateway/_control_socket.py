@@ -271,10 +271,10 @@ async def _nobody(told: Mapping[str, Any]) -> None:
 
 
 async def _send(
-    stream: trio.SocketStream, told: Mapping[str, Any], patience: float = PATIENCE
+    stream: trio.SocketStream, told: Mapping[str, Any], patience: float | None = None
 ) -> None:
     """Write one line; who does not take it in time has hung up."""
-    with trio.move_on_after(patience) as scope:
+    with trio.move_on_after(PATIENCE if patience is None else patience) as scope:
         await stream.send_all(encode(told))
     if scope.cancelled_caught:
-        raise trio.BrokenResourceError(f"the peer took nothing for {patience:g} s")
+        raise trio.BrokenResourceError("the peer does not take what it has asked for")

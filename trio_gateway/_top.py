@@ -116,7 +116,8 @@ def frame(told: Told, height: int | None) -> RenderableType:
     parts = [
         _table(name, listing, size) for (name, listing), size in zip(tables, sizes, strict=True)
     ]
-    return Group(_head(told), *parts, Text("q leaves", style="dim"))
+    foot = [] if height is None else [Text("q leaves", style="dim")]
+    return Group(_head(told), *parts, *foot)
 
 
 def _sizes(wanted: list[int], height: int | None) -> list[int]:
