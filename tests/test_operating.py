@@ -139,7 +139,7 @@ def test_p14_status_deep_finds_damage(memory_path: Path, operator: Operator) -> 
         process.send("ada", "m1", "hello")
         process.expect("reply", text="re: hello")
     store = apsw.Connection(str(memory_path / "gateway.db"))
-    store.execute("UPDATE message SET state = 'queued', session = 4242")
+    store.execute("UPDATE message SET state = 'running'")
     store.close()
     with gateway(memory_path):
         told = operator.json("status", "--deep", code=1)
