@@ -26,6 +26,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -34,6 +35,7 @@ import trio
 import trio.testing
 
 from trio_gateway import Event, Intake, ResumeRules, Settings
+from trio_gateway._config import LogLevel
 from trio_gateway._events import (
     DrainReport,
     GatewayStarted,
@@ -43,6 +45,7 @@ from trio_gateway._events import (
     TurnsMarked,
 )
 from trio_gateway._host import host
+from trio_gateway._logs import Follower, Told
 from trio_gateway._signals import SignalDesk
 from trio_gateway.testing import SurvivingChannel, World
 from trio_gateway.testing._schedule import schedule_by
@@ -196,6 +199,17 @@ class Log:
                 self.jot(f"remembered {event.turn} {event.name}")
             case _:
                 self.say(event.level, type(event).__name__, what=event)
+
+    def recent(self) -> tuple[Told, ...]:
+        """See `HostLog`. Nobody asks."""
+        return ()
+
+    def follow(self, follower: Follower) -> AbstractContextManager[None]:
+        """See `HostLog`. Nobody follows."""
+        return nullcontext()
+
+    def use_level(self, level: LogLevel) -> None:
+        """See `HostLog`. Nobody changes it."""
 
     def say(self, level: str, event: str, **fields: object) -> None:
         """See `HostLog`. Nobody who is merely killed has reason to complain."""

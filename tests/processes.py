@@ -234,16 +234,19 @@ def launch(
     ready: bool = True,
     stderr: int | None = None,
     options: Sequence[str] = ("--jsonl",),
+    log_level: str | None = None,
 ) -> Generator[GatewayProcess]:
     """A gateway that hosts `agent`, the source of a module that defines `agent`, on the store in
     the directory `where`. `ready`: wait until it has recovered and serves. `stderr`: a descriptor
-    for its standard error, which otherwise goes to a file. `options`: of the command line."""
+    for its standard error, which otherwise goes to a file. `options`: of the command line; so is
+    `log_level`."""
     number = len(list(where.glob("agent*.py")))
     source = where / f"agent{number}.py"
     source.write_text(textwrap.dedent(agent))
     errors = where / f"stderr{number}.txt"
     command = [sys.executable, "-m", "trio_gateway", "run", f"{source}:agent", *options]
     command += ["--store", str(where / store), "--grace", f"{grace}s", "--budget", f"{budget}s"]
+    command += [] if log_level is None else ["--log-level", log_level]
     with errors.open("wb") as to_file:
         process = subprocess.Popen(
             command,

@@ -18,8 +18,12 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     # From the top down. An import leads to a later layer, or stays in its own.
     ("__main__",),
-    ("_cli", "_commands", "_demo", "_demo_agent"),
+    ("_cli", "_commands", "_operating", "_demo", "_demo_agent"),
+    ("_top",),
+    ("_operating_views", "_mending"),
     ("_views", "_doctor", "_install", "_host", "_loader"),
+    ("_requests", "_control_socket", "_control_client"),
+    ("_reload",),
     (
         "_allowance",
         "_logs",
@@ -42,9 +46,11 @@ LAYERS = (
     ("store",),
     ("_clock", "_policy", "_events", "_strangers", "_jsonable"),
     ("_markers", "_messages"),
+    ("_control_address",),
+    ("_control",),
     ("_errors",),
 )
-PURE = ("_markers", "_policy", "_messages", "_events", "_errors")
+PURE = ("_markers", "_policy", "_messages", "_events", "_errors", "_control")
 FLOW = ("_gateway", "_inbox", "_turns", "_steps", "_outbox", "_sessions", "_links", "_waiters",
         "_recovery", "_shutdown", "_agents", "_stream")  # fmt: skip
 PROCESS = ("__main__", "_cli", "_commands", "_demo", "_demo_agent", "_views", "_doctor", "_host")

@@ -34,6 +34,7 @@ from trio_gateway._cli import main
 from trio_gateway._config import Config
 from trio_gateway._doctor import examine
 from trio_gateway._loader import AgentModuleFailed, load_agent
+from trio_gateway.store._sqlite import lock_store
 from trio_gateway.testing import MemoryChannel
 
 PATIENCE = 30.0
@@ -504,18 +505,25 @@ def test_c30_a_quarantined_message_is_listed_shown_and_retried(
     assert shell.json("explain", "m1")["timelines"][0]["message"]["state"] == "answered"
 
 
-def test_c50_what_changes_a_store_refuses_while_a_gateway_has_it(
-    tmp_path: Path, filled: Path, shell: Shell
+def test_c50_what_changes_a_store_refuses_while_a_process_has_it_that_cannot_be_asked(
+    filled: Path, shell: Shell
 ) -> None:
-    write(tmp_path / "bot.py", ECHO)
     letter = shell.json("dead-letters", "list", "--store", str(filled))[0]
-    with running("bot.py:agent", "--jsonl", "--store", str(filled), cwd=tmp_path) as process:
-        wait_for(process, "gateway_started")
-        refused = f"trio-gateway: {filled} is in use by process {process.pid}"
+    refused = f"trio-gateway: {filled} is in use by process {os.getpid()}"
+    with lock_store(filled):
         for words in (["dead-letters", "retry", letter["key"]], ["dead-letters", "drop", "--all"]):
             assert shell(*words, "--store", str(filled), code=1) == ""
             assert shell.err.startswith(refused)
-        assert shell.json("dead-letters", "list", "--store", str(filled)) == [letter]
+    assert shell.json("dead-letters", "list", "--store", str(filled)) == [letter]
+
+
+def test_c50_a_second_gateway_refuses_and_names_the_first(
+    tmp_path: Path, filled: Path, shell: Shell
+) -> None:
+    write(tmp_path / "bot.py", ECHO)
+    with running("bot.py:agent", "--jsonl", "--store", str(filled), cwd=tmp_path) as process:
+        wait_for(process, "gateway_started")
+        refused = f"trio-gateway: {filled} is in use by process {process.pid}"
         told = shell("doctor", "--store", str(filled))
         assert f"a gateway has the store open: process {process.pid}" in told
         second = trio_gateway(

@@ -16,7 +16,7 @@ from processes import COMPANY, ECHO, SLOW, launch, markers
 
 from trio_gateway._supervisor import Supervisor
 
-TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+TERM, INT = signal.SIGTERM, signal.SIGINT
 USR1, USR2 = signal.SIGUSR1, signal.SIGUSR2
 
 # Each blocks in its first attempt, in its own way, and answers in the second.
@@ -71,7 +71,7 @@ STUBBORN = {
 # ----- stopping in order
 
 
-@pytest.mark.parametrize("number", [TERM, INT, HUP])
+@pytest.mark.parametrize("number", [TERM, INT])
 def test_p11_a_signal_drains_and_leaves_with_0(tmp_path: Path, number: signal.Signals) -> None:
     with launch(tmp_path, ECHO) as gateway:
         gateway.send("a", "m1", "hello")

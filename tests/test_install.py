@@ -20,6 +20,7 @@ import apsw
 import attrs
 import pytest
 
+import trio_gateway._install as _install_module
 from proof import systemd as campaign
 from proof._report import Skip
 from proof._systemd import Systemd, check_machine, gateway_below
@@ -126,6 +127,29 @@ def test_the_unit_hosts_the_agent_that_is_named(install: Install, tmp_path: Path
     assert setting(unit, "User") == "ada"
     assert setting(unit, "ReadWritePaths") == f"{tmp_path}/x"
     assert "DynamicUser" not in unit
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "reload"),
+    [
+        (None, "notify", True),
+        (252, "notify", True),
+        (253, "notify-reload", False),
+        (260, "notify-reload", False),
+    ],
+)
+def test_a_systemd_that_waits_for_a_reload_is_told_to(
+    install: Install,
+    monkeypatch: pytest.MonkeyPatch,
+    version: int | None,
+    kind: str,
+    reload: bool,
+) -> None:
+    """252 takes what it does not know for a service that says nothing at all."""
+    monkeypatch.setattr(_install_module, "systemd_version", lambda: version)
+    unit = install("bot.py:agent", "--print")
+    assert setting(unit, "Type") == kind
+    assert ("ExecReload=kill -HUP $MAINPID" in unit) is reload
 
 
 def test_what_is_started_can_be_called_so(
@@ -321,6 +345,7 @@ def test_the_page_shows_what_is_written(
     install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for the paths of whoever wrote it, and its digest."""
+    monkeypatch.setattr(_install_module, "systemd_version", lambda: 252)
     block = re.search(r"```ini\n(.*?)```", PAGE.read_text(), re.S)
     assert block is not None
     shown = setting_lines(block[1])

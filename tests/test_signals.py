@@ -31,6 +31,7 @@ class NotingHouse:
 
     def __init__(self) -> None:
         self.stops: list[Stop] = []
+        self.reloads = 0
         self.marks: list[tuple[ResumeReason, float]] = []
         self.stopped = trio.Event()
         self.now = trio.Event()
@@ -41,6 +42,9 @@ class NotingHouse:
         self.stopped.set()
         if stop.now:
             self.now.set()
+
+    def reload(self) -> None:
+        self.reloads += 1
 
     def show(self) -> str:
         return "the tasks\n"

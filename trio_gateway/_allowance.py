@@ -82,6 +82,34 @@ def is_supervised(environ: Mapping[str, str] = os.environ) -> bool:
     return bool(environ.get("NOTIFY_SOCKET")) or STOP_LIMIT in environ
 
 
+def supervisor_of(
+    environ: Mapping[str, str] = os.environ, processes: Path = Path("/proc")
+) -> str | None:
+    """What would start this process again, as far as can be known; None: nothing that is known."""
+    if environ.get("NOTIFY_SOCKET"):
+        return "systemd"
+    if os.getpid() == 1 or STOP_LIMIT in environ:
+        return "a container"
+    try:
+        parent = (processes / str(os.getppid()) / "comm").read_text("utf-8", "replace").strip()
+    except OSError:
+        return None
+    if parent == "systemd" and unit_in(processes / "self" / "cgroup") is None:
+        return None  # it is an orphan
+    return _SUPERVISORS.get(parent)
+
+
+_SUPERVISORS: Final = MappingProxyType(
+    {
+        "systemd": "systemd",
+        "supervisord": "supervisord",
+        "runsv": "runit",
+        "s6-supervise": "s6",
+        "circusd": "circus",
+    }
+)
+
+
 def compare(budget: float, environ: Mapping[str, str], unit: Unit | None) -> Iterator[Finding]:
     """All that can be found out: of the container, and of a unit if there is one."""
     yield from _of_container(environ, budget)

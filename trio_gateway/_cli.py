@@ -1,7 +1,7 @@
 """The way in from the shell: one call in, one exit code out. The commands are in `_commands`.
 
-0 done · 1 failed · 2 not understood · 75 start me again · 78 the configuration or the agent cannot
-be used, so do not start me again · 130 interrupted
+0 done · 1 failed · 2 not understood · 3 no gateway runs that could be asked · 75 start me again ·
+78 the configuration or the agent cannot be used, so do not start me again · 130 interrupted
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
+from ._control import NoGateway
 from ._errors import AgentNotUsable, ConfigError, GatewayError, escape
 from ._logs import redact, secrets_in
 from ._signals import SignalDesk
@@ -19,6 +20,7 @@ from .channels._fds import keep_standard_fds
 
 EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
+EXIT_NO_GATEWAY: Final = 3
 EXIT_CONFIG: Final = 78
 EXIT_INTERRUPTED: Final = 130
 
@@ -54,6 +56,9 @@ def _guarded(command: Callable[[], int]) -> int:
     except UsageError as error:
         _complain(f"{error}\nsee trio-gateway --help")
         return EXIT_USAGE
+    except NoGateway as error:
+        _complain(str(error))
+        return EXIT_NO_GATEWAY
     except (ConfigError, AgentNotUsable) as error:
         _complain(str(error))
         return EXIT_CONFIG

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
@@ -25,6 +26,16 @@ from ._errors import (
     StoreError,
     needs_extra,
 )
+from ._mending import (
+    DROP_LETTER,
+    DROP_TURN,
+    RETRY_LETTER,
+    RETRY_TURN,
+    Mending,
+    mend_letters,
+    mend_turns,
+)
+from ._reload import Reloader
 from ._signals import SignalDesk
 from ._tracing import is_wanted
 from .channels import Channel
@@ -32,10 +43,8 @@ from .http import read_token, token_path
 from .store import (
     SENSELESS,
     DeadLetter,
-    Ledger,
     QuarantineRow,
     StoreReader,
-    edit_store,
     read_store,
 )
 
@@ -84,6 +93,8 @@ for _group in (sessions_app, quarantine_app, letters_app, config_app, install_ap
 
 def call(words: Sequence[str], signals: SignalDesk | None) -> int:
     """Run the command that `words` name; return the exit code. Raises `UsageError`."""
+    from . import _operating  # noqa: F401 - its commands join these here
+
     try:
         command, bound, ignored = app.parse_args(words, print_error=False, exit_on_error=False)
     except CycloptsError as error:
@@ -94,13 +105,15 @@ def call(words: Sequence[str], signals: SignalDesk | None) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _store_path(store: Path | None, config: Path | None) -> Path:
+def store_path(store: Path | None, config: Path | None) -> Path:
+    """The store that the options name."""
     return (store or load_config(config, os.environ).sections.store.path).absolute()
 
 
 @contextmanager
-def _reading(store: Path | None, config: Path | None) -> Generator[StoreReader]:
-    path = _store_path(store, config)
+def reading(store: Path | None, config: Path | None) -> Generator[StoreReader]:
+    """What reads that store, for the length of the block; what is wrong with it names it."""
+    path = store_path(store, config)
     reader = read_store(path)
     try:
         yield reader
@@ -163,15 +176,18 @@ def run(
         "channels.http.bind": http,
     }
     told = load_config(config, os.environ, _given(options))
-    return _host(agent, told, _channels(told, jsonl=jsonl, session=session), signals)
+    channels = _channels(told, jsonl=jsonl, session=session)
+    level = partial(_log_level, channels=channels)
+    return _host(agent, channels, signals, Reloader(told, os.environ, _given(options), level))
 
 
-def _host(agent: str, told: Config, channels: Sequence[Channel], signals: SignalDesk) -> int:
+def _host(agent: str, channels: Sequence[Channel], signals: SignalDesk, reloader: Reloader) -> int:
     from ._host import host
     from ._loader import load_agent
     from ._logs import logging_to_stderr
 
-    with logging_to_stderr(_log_level(told, channels), told.sections.log.format) as log:
+    told = reloader.told
+    with logging_to_stderr(reloader.level(told), told.sections.log.format) as log:
         for warning in told.warnings():
             log.say("warning", "configuration", warning=warning)
         loaded = load_agent(agent)
@@ -183,6 +199,7 @@ def _host(agent: str, told: Config, channels: Sequence[Channel], signals: Signal
             log=log,
             signals=signals,
             traces=_traces(told, log),
+            reloader=reloader,
         )
 
 
@@ -294,7 +311,7 @@ def sessions_list(
     config: ConfigOption = None,
 ) -> None:
     """List conversations, the one with the newest message first."""
-    with _reading(store, config) as reader:
+    with reading(store, config) as reader:
         rows = reader.sessions(max(limit, 0))
     screen = _views.Screen()
     screen.json(rows) if json else screen.listing(_views.sessions(rows))
@@ -317,7 +334,7 @@ def sessions_show(
     key
         channel:name, or the name alone.
     """
-    with _reading(store, config) as reader:
+    with reading(store, config) as reader:
         session = reader.find_session(key)
         rows = reader.messages(session, max(limit, 0))
         said = reader.history(session, None, max(limit, 0))
@@ -349,7 +366,7 @@ def explain(
     message_id
         The id that the platform gave it.
     """
-    with _reading(store, config) as reader:
+    with reading(store, config) as reader:
         lives = reader.explain(message_id)
     screen = _views.Screen()
     if json:
@@ -369,7 +386,7 @@ def quarantine_list(
     *, json: JsonOption = False, store: StoreOption = None, config: ConfigOption = None
 ) -> None:
     """List the turns that were put aside."""
-    with _reading(store, config) as reader:
+    with reading(store, config) as reader:
         rows = reader.quarantine()
     screen = _views.Screen()
     screen.json(rows) if json else screen.listing(_views.quarantine(rows))
@@ -391,7 +408,7 @@ def quarantine_show(
     name
         The turn's number, or the id of one of its messages.
     """
-    with _reading(store, config) as reader:
+    with reading(store, config) as reader:
         row = _one_turn(reader.quarantine(), name)
     screen = _views.Screen()
     if json:
@@ -428,10 +445,9 @@ def quarantine_retry(
         Numbers of turns, or ids of their messages.
     """
     _change_turns(
-        _store_path(store, config),
+        store_path(store, config),
         lambda rows: _chosen(rows, names, _one_turn, everything),
-        Ledger.retry_quarantined,
-        "wait again: the next start answers them",
+        RETRY_TURN,
     )
 
 
@@ -450,27 +466,23 @@ def quarantine_drop(
         Numbers of turns, or ids of their messages.
     """
     _change_turns(
-        _store_path(store, config),
+        store_path(store, config),
         lambda rows: _chosen(rows, names, _one_turn, everything),
-        Ledger.drop_quarantined,
-        "are given up",
+        DROP_TURN,
     )
 
 
 def _change_turns(
     path: Path,
     choose: Callable[[Sequence[QuarantineRow]], Sequence[QuarantineRow]],
-    change: Callable[[Ledger, int], tuple[str, ...]],
-    outcome: str,
+    how: Mending,
 ) -> None:
-    with _reading(path, None) as reader:
+    with reading(path, None) as reader:
         rows = choose(reader.quarantine())
-    # One transaction for all of them: a store that is in use refuses all, not some.
-    done = edit_store(path, lambda ledger: [(row, change(ledger, row.turn)) for row in rows])
     screen = _views.Screen()
-    if not done:
+    if not rows:
         screen.listing(_views.quarantine(rows))
-    for row, ids in done:
+    for row, ids, outcome in mend_turns(path, rows, how):
         names = ", ".join(map(_views.cell, ids)) or "none"
         screen.line(f"turn {row.turn} of {_views.cell(row.session)}: messages {names} {outcome}")
 
@@ -511,7 +523,7 @@ def letters_list(
     *, json: JsonOption = False, store: StoreOption = None, config: ConfigOption = None
 ) -> None:
     """List the replies that could not be delivered."""
-    with _reading(store, config) as reader:
+    with reading(store, config) as reader:
         rows = reader.dead_letters()
     screen = _views.Screen()
     screen.json(rows) if json else screen.listing(_views.dead_letters(rows))
@@ -533,7 +545,7 @@ def letters_show(
     name
         The delivery's number, or its key.
     """
-    with _reading(store, config) as reader:
+    with reading(store, config) as reader:
         row = _one_letter(reader.dead_letters(), name)
     screen = _views.Screen()
     if json:
@@ -569,10 +581,9 @@ def letters_retry(
         Numbers of deliveries, or their keys.
     """
     _change_letters(
-        _store_path(store, config),
+        store_path(store, config),
         lambda rows: _chosen(rows, names, _one_letter, everything),
-        Ledger.retry_dead,
-        "waits again: the next start sends it, marked as a possible repeat",
+        RETRY_LETTER,
     )
 
 
@@ -591,26 +602,23 @@ def letters_drop(
         Numbers of deliveries, or their keys.
     """
     _change_letters(
-        _store_path(store, config),
+        store_path(store, config),
         lambda rows: _chosen(rows, names, _one_letter, everything),
-        Ledger.drop_dead,
-        "is given up",
+        DROP_LETTER,
     )
 
 
 def _change_letters(
     path: Path,
     choose: Callable[[Sequence[DeadLetter]], Sequence[DeadLetter]],
-    change: Callable[[Ledger, int], bool],
-    outcome: str,
+    how: Mending,
 ) -> None:
-    with _reading(path, None) as reader:
+    with reading(path, None) as reader:
         rows = choose(reader.dead_letters())
-    edit_store(path, lambda ledger: [change(ledger, row.delivery) for row in rows])
     screen = _views.Screen()
     if not rows:
         screen.listing(_views.dead_letters(rows))
-    for row in rows:
+    for row, outcome in mend_letters(path, rows, how):
         screen.line(f"delivery {row.delivery} to {_views.cell(row.session)} {outcome}")
 
 

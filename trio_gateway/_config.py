@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from enum import Enum, StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NewType, cast
 from urllib.parse import urlsplit
 
@@ -132,6 +133,11 @@ class LogLevel(StrEnum):
     WARNING = "warning"
     ERROR = "error"
     CRITICAL = "critical"
+
+    def is_at_least(self, other: LogLevel) -> bool:
+        """Whether this one is as bad as `other`, or worse."""
+        order = list(LogLevel)
+        return order.index(self) >= order.index(other)
 
 
 class LogFormat(StrEnum):
@@ -310,6 +316,52 @@ def _as_table(value: object) -> dict[str, Any] | None:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
+# ----- what a running gateway can change
+
+HOT: Final = frozenset(
+    {
+        "store.keep", "store.remember", "drain.grace", "drain.budget", "limits.turns",
+        "limits.message_bytes", "limits.key_length", "limits.open_per_session",
+        "limits.open_messages", "limits.deliveries", "turns.busy", "turns.time_limit",
+        "delivery.max_tries", "delivery.first_delay", "delivery.max_delay", "delivery.timeout",
+        "chat.commands", "chat.notices", "log.level",
+    }
+)  # fmt: skip
+"""Keys that a reload applies at once."""
+
+_AT_START: Final = "it is read when a gateway starts"
+_LISTENS: Final = "the channel has it from the start"
+
+COLD: Final = MappingProxyType(
+    {
+        "store.path": "the store is open",
+        "resume.within": _AT_START,
+        "resume.max_crashes": _AT_START,
+        "resume.max_interruptions": _AT_START,
+        "resume.concurrency": _AT_START,
+        "log.format": "the log has begun",
+        "channels.console": "channels are opened at the start",
+        "channels.console.session": _LISTENS,
+        "channels.jsonl": "channels are opened at the start",
+        "channels.http": "channels are opened at the start",
+        "channels.http.bind": _LISTENS,
+        "channels.http.hosts": _LISTENS,
+        "channels.http.origins": _LISTENS,
+        "channels.http.body_bytes": _LISTENS,
+        "channels.http.header_time": _LISTENS,
+        "channels.http.body_time": _LISTENS,
+        "channels.http.send_time": _LISTENS,
+        "channels.http.longest_wait": _LISTENS,
+        "channels.http.heartbeat": _LISTENS,
+        "channels.http.connections": _LISTENS,
+        "channels.http.per_peer": _LISTENS,
+        "channels.http.token": _LISTENS,
+        "channels.http.hook_secret": _LISTENS,
+    }
+)
+"""Keys that need a restart, and why. Every key is here or in `HOT`; a test compares."""
+
+
 # ----- reading
 
 
@@ -404,6 +456,28 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[list[Given], list[str
             hint = _did_you_mean_variable(variable, known)
             problems.append(f"{_on_one_line(variable)}: unknown variable; {hint} (environment)")
     return given, problems
+
+
+_CHANNELS: Final = tuple(f"channels.{field.name}" for field in attrs.fields(ChannelsConfig))
+
+
+def keys() -> tuple[str, ...]:
+    """Every key, as `section.key`; a channel is one itself, which is there or not."""
+    return (*_keys(Sections), *_CHANNELS)
+
+
+def value_of(sections: Sections, key: str) -> object:
+    """The value of a key; None beneath a channel that is not there. Of a channel: is it there?"""
+    told: object = sections
+    for name in key.split("."):
+        told = None if told is None else getattr(told, name)
+    return told is not None if key in _CHANNELS else told
+
+
+def as_toml(value: object) -> str:
+    """A value as `gateway.toml` would say it."""
+    told = "none" if value is None else _CONVERTER.unstructure(value)
+    return json.dumps(told, ensure_ascii=False)
 
 
 def variables_in(environ: Mapping[str, str]) -> list[str]:

@@ -31,10 +31,11 @@ from contextlib import (
     AbstractContextManager,
     asynccontextmanager,
     contextmanager,
+    nullcontext,
 )
 from datetime import timedelta
 from enum import Enum
-from typing import Any, Final, TypeVar, cast, overload
+from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
 import attrs
 import trio
@@ -118,6 +119,8 @@ FORGET_EVERY: Final = 3600.0
 
 T = TypeVar("T")
 
+Beside: TypeAlias = "Callable[[Gateway], AbstractAsyncContextManager[None]]"
+
 _ENDS: Final = frozenset(MESSAGE_END.values())
 
 
@@ -142,6 +145,7 @@ class Gateway:
         clock: Clock,
         tracer: Tracer,
         store: Callable[[], AbstractAsyncContextManager[SqliteStore]],
+        beside: Beside,
     ) -> None:
         self._agent = agent
         self._settings = settings
@@ -149,6 +153,7 @@ class Gateway:
         self._clock = clock
         self._tracer = tracer
         self._open_store = store
+        self._beside = beside
         self._events = EventStream(self._fail)
         self._waiters = Waiters()
         self._links = Links(
@@ -301,6 +306,7 @@ class Gateway:
                 session=child.turn.session,
                 attempt=child.turn.attempt,
                 running_for=now - child.since,
+                step=child.step,
             )
             for child in self._turns.running()
         )
@@ -363,6 +369,21 @@ class Gateway:
             return
         self._sessions.paused = paused
         self._events.emit(TurnsPaused(paused=paused, by=by))
+        self._turns.dispatch()
+
+    def reconfigure(self, settings: Settings) -> None:
+        """Go on with other settings: what arrives, begins or is sent from now on is held to them.
+        The rules of `resume` are read at a start, and wait for the next one. Raises
+        `GatewayStopping` once a stop was asked for, and changes nothing then."""
+        if self.stop_reason is not None or not self._recovered.is_set():
+            raise GatewayStopping("the gateway is not serving; its settings stay as they are")
+        before, self._settings = self._settings, settings
+        self.plan = plan_stop(settings.grace, settings.budget)
+        self._sessions.add_slots(settings.limits.turns - before.limits.turns)
+        self._sessions.collect = settings.busy is Busy.COLLECT
+        self._turns.desk.busy, self._turns.desk.time_limit = settings.busy, settings.time_limit
+        self._inbox.use(settings.limits, commands=settings.commands)
+        self._outbox.use(settings.delivery, settings.limits.deliveries)
         self._turns.dispatch()
 
     async def retry_quarantined(self, turn: int) -> bool:
@@ -501,16 +522,17 @@ class Gateway:
         # One block a line, though one statement could open several: the nesting is the design.
         with trio.CancelScope(shield=True):
             async with self._open_store() as self._store:
-                async with self._deliveries():
-                    async with self._intake():
-                        async with opened(self._agent) as agent:
-                            async with self._turns.hosting(agent):
-                                await self._recover()
-                                self._recovered.set()
-                                await self._until_stopped()
-                # Who asked for what has settled reads the answer from the store.
-                with trio.move_on_after(self.plan.spare):
-                    await self._waiters.wait_told()
+                async with self._beside(self):
+                    async with self._deliveries():
+                        async with self._intake():
+                            async with opened(self._agent) as agent:
+                                async with self._turns.hosting(agent):
+                                    await self._recover()
+                                    self._recovered.set()
+                                    await self._until_stopped()
+                    # Who asked for what has settled reads the answer from the store.
+                    with trio.move_on_after(self.plan.spare):
+                        await self._waiters.wait_told()
 
     @asynccontextmanager
     async def _deliveries(self) -> AsyncGenerator[None, None]:
@@ -799,7 +821,6 @@ class _House:
         self._outbox = gateway._outbox
         self._links = gateway._links
         self._events = gateway._events
-        self._settings = gateway._settings
 
     # ----- for recovery
 
@@ -850,7 +871,8 @@ class _House:
 
     def wants_notice(self, channel: str) -> bool:
         link = self._links.get(channel)
-        return self._settings.notices and link is not None and link.channel.notices
+        notices = self._gateway._settings.notices
+        return notices and link is not None and link.channel.notices
 
     # ----- for the shutdown
 
@@ -922,6 +944,7 @@ async def open_gateway(
     inline_store: bool = False,
     tap: Callable[[str], None] | None = None,
     tracer_provider: TracerProvider | None = None,
+    beside: Beside | None = None,
 ) -> AsyncGenerator[Gateway, None]:
     """Host `agent` for the length of the block; leaving the block drains.
 
@@ -932,8 +955,10 @@ async def open_gateway(
 
     `authorize` is asked for every message and for every turn that resumes. `listen` hears every
     event of this life, the first and the last included; it must not block. `tracer_provider` is
-    one of OpenTelemetry, which gets spans; flushing it is its owner's. `clock`,
-    `inline_store` and `tap` are for tests; see `trio_gateway.testing`.
+    one of OpenTelemetry, which gets spans; flushing it is its owner's. `beside` is a block that is
+    opened once the store is locked, and closed just before the lock is given back; its code runs
+    shielded, and must end soon when it is left. `clock`, `inline_store` and `tap` are for tests;
+    see `trio_gateway.testing`.
 
     Raises `StoreInUse`, `StoreCorrupt`, `StoreSchemaError`, `StoreIOError`, `AgentNotUsable`,
     `ConfigError` on entering; what the body raised, or the failure of the gateway's own code, on
@@ -947,7 +972,16 @@ async def open_gateway(
         )
 
     tracer = NO_TRACES if tracer_provider is None else _tracer_of(tracer_provider)
-    made = Gateway(agent, channels, settings or Settings(), authorize, clock, tracer, opened_store)
+    made = Gateway(
+        agent,
+        channels,
+        settings or Settings(),
+        authorize,
+        clock,
+        tracer,
+        opened_store,
+        beside or _nothing_beside,
+    )
     if listen is not None:
         made._events.add(listen)
     try:
@@ -975,6 +1009,10 @@ def _tracer_of(provider: TracerProvider) -> Tracer:
     with needs_extra("otel", "tracer_provider"):
         from ._traces import OtelTracer
     return OtelTracer(provider)
+
+
+def _nothing_beside(_: Gateway) -> AbstractAsyncContextManager[None]:
+    return nullcontext()
 
 
 def _is_cancelled(error: BaseException) -> bool:

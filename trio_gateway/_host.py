@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
@@ -18,12 +19,15 @@ from typing import Any, Final, Protocol, cast
 import attrs
 import trio
 
-from ._allowance import is_supervised, warnings_at_start
+from ._allowance import is_supervised, supervisor_of, warnings_at_start
 from ._collector import calm_collector
+from ._config import Config, LogLevel
+from ._control_socket import control_socket
 from ._errors import (
     AgentNotUsable,
     ConfigError,
     GatewayError,
+    GatewayStopping,
     StoreError,
     escape,
     shown,
@@ -33,6 +37,8 @@ from ._events import DrainReport, Event, MarkingFailed, StopRequested, TurnsMark
 from ._gateway import Gateway, open_gateway
 from ._markers import ResumeReason
 from ._policy import plan_stop
+from ._reload import Reloaded, Reloader
+from ._requests import FollowedLog, Premises, Requests
 from ._settings import Settings
 from ._signals import EXIT_FAILURE, EXIT_RESTART, SignalDesk, Stop, write_some
 from ._stall import Stall, watching_for_stalls
@@ -54,7 +60,7 @@ LINGER: Final = 3.0
 """Seconds that the process gets to end by itself after the gateway has, if the budget has them."""
 
 
-class HostLog(Protocol):
+class HostLog(FollowedLog, Protocol):
     """Where the host's log goes. No method may wait for a reader, but `flush`, so long."""
 
     def listener(self, event: Event) -> None:
@@ -67,6 +73,10 @@ class HostLog(Protocol):
 
     def flush(self, timeout: float) -> object:
         """Wait until all is written, at most `timeout` seconds."""
+        ...
+
+    def use_level(self, level: LogLevel) -> None:
+        """Tell from this level on."""
         ...
 
 
@@ -91,6 +101,7 @@ def host(
     settings: Settings,
     log: HostLog,
     signals: SignalDesk,
+    reloader: Reloader | None = None,
     traces: HostTraces | None = None,
 ) -> int:
     """Host an agent until somebody stops it; return the exit code for the process.
@@ -107,7 +118,7 @@ def host(
         log.say("info", "stopped_before_start", by=signals.asked.by)
         code = _code(signals.asked.reason)
     else:
-        house = _House(agent, store, channels, settings, log, signals, traces)
+        house = _House(agent, store, channels, settings, log, signals, reloader, traces)
         code = house.live_and_end()
         house.send_traces()
     log.flush(min(FLUSH, signals.time_left / 2))
@@ -131,6 +142,7 @@ class _House:
         settings: Settings,
         log: HostLog,
         signals: SignalDesk,
+        reloader: Reloader | None,
         traces: HostTraces | None,
     ) -> None:
         self._open: Callable[[], Any] = lambda: open_gateway(
@@ -140,8 +152,14 @@ class _House:
             settings=settings,
             listen=self._hear,
             tracer_provider=None if traces is None else traces.provider,
+            beside=self._beside,
         )
         self._traces = traces
+        self._store = Path(store).absolute()
+        self._reloader = reloader
+        self._reload_lock = trio.Lock()
+        self._reload_wanted = trio.Event()
+        self._requests = Requests(self._premises(log))
         self._plan = plan_stop(settings.grace, settings.budget)
         self._log = log
         self._signals = signals
@@ -149,6 +167,23 @@ class _House:
         self._gateway: Gateway | None = None
         self._asked = False
         """Whether somebody has asked for the stop; else Trio itself has fallen over."""
+
+    def _premises(self, log: HostLog) -> Premises:
+        return Premises(
+            store=self._store,
+            log=log,
+            reload=self._reload,
+            pending=lambda: self._reloader.pending if self._reloader is not None else (),
+            budget_left=lambda: self._signals.time_left,
+            supervisor=supervisor_of(),
+        )
+
+    @asynccontextmanager
+    async def _beside(self, gateway: Gateway) -> AsyncGenerator[None]:
+        """Whoever looks after the gateway is answered, as long as it has its store."""
+        self._requests.attend(gateway)
+        async with control_socket(self._store, self._requests, self._log.say):
+            yield
 
     def live_and_end(self) -> int:
         """The whole life of the gateway; the exit code."""
@@ -173,9 +208,10 @@ class _House:
 
     def _attend(self, gateway: Gateway, attendants: trio.Nursery) -> None:
         """Start what looks after the supervisor, also while the gateway drains."""
+        self._attendants = attendants
         alive = partial(self._supervisor.keep_alive, gateway.touch, self._silent)
         status = partial(self._supervisor.keep_status, partial(_status_of, gateway))
-        for service in (alive, status, self._compare_limits):
+        for service in (alive, status, self._compare_limits, self._reload_when_wanted):
             attendants.start_soon(self._guard, service)
 
     async def _guard(self, service: Callable[[], Awaitable[None]]) -> None:
@@ -191,6 +227,54 @@ class _House:
             ask = partial(warnings_at_start, self._plan.budget)
             for warning in await trio.to_thread.run_sync(ask, abandon_on_cancel=True):
                 self._log.say("warning", "supervisor", warning=warning)
+
+    # ----- the configuration, read again
+
+    async def _reload_when_wanted(self) -> None:
+        while True:
+            await self._reload_wanted.wait()
+            self._reload_wanted = trio.Event()
+            with suppress(GatewayError):  # which the log tells
+                await self._reload()
+
+    async def _reload(self) -> Reloaded:
+        """Read the configuration again, and let what can count at once. Raises `ConfigError` and
+        `GatewayStopping`, having changed nothing."""
+        async with self._reload_lock:
+            self._supervisor.reloading()
+            try:
+                reloaded = await self._read_and_use()
+            except GatewayError as error:
+                self._log.say("error", "reload_failed", errors=str(error).splitlines())
+                raise
+            finally:
+                self._supervisor.reloaded()
+        self._tell_reloaded(reloaded)
+        return reloaded
+
+    async def _read_and_use(self) -> Reloaded:
+        if self._reloader is None:
+            raise ConfigError("this gateway was started with no configuration to read again")
+        if self._gateway is None:
+            raise GatewayStopping("the gateway is only starting; ask again in a moment")
+        read = await trio.to_thread.run_sync(self._reloader.read, abandon_on_cancel=True)
+        return self._reloader.apply(read, self._use)
+
+    def _use(self, told: Config) -> None:
+        assert self._gateway is not None
+        assert self._reloader is not None
+        self._gateway.reconfigure(told.settings())
+        self._plan = self._gateway.plan
+        self._signals.use_plan(self._plan)
+        self._log.use_level(self._reloader.level(told))
+
+    def _tell_reloaded(self, reloaded: Reloaded) -> None:
+        changed, cold = [str(one) for one in reloaded.hot], [str(one) for one in reloaded.cold]
+        self._log.say("info", "reloaded", changed=changed, needs_restart=cold)
+        for warning in reloaded.told.warnings():
+            self._log.say("warning", "configuration", warning=warning)
+        if any(change.key.startswith("drain.") for change in reloaded.hot):
+            self._attendants.start_soon(self._guard, self._compare_limits)
 
     def _silent(self, error: StoreError) -> None:
         self._log.say("error", "watchdog_not_pinged", error=str(error))
@@ -230,6 +314,7 @@ class _House:
         self._log.listener(event)
         if isinstance(event, TurnsMarked | MarkingFailed):
             self._signals.marked()
+        self._requests.hear(event)
         self._supervisor.hear(event, lambda: self._signals.time_left)
 
     # ----- for the signal desk
@@ -238,6 +323,10 @@ class _House:
         """Stop the gateway; before there is one, the stop waits (see `live`)."""
         if self._gateway is not None:
             self._gateway.request_stop(stop.reason, by=stop.by, now=stop.now)
+
+    def reload(self) -> None:
+        """Read the configuration again, now or when the gateway serves."""
+        self._reload_wanted.set()
 
     def show(self) -> str:
         """The open turns and Trio's tasks."""

@@ -64,6 +64,10 @@ class Inbox:
         self._commands = commands
         self.open = True
 
+    def use(self, limits: Limits, *, commands: bool) -> None:
+        """Take messages in by these limits from now on; what was accepted stays."""
+        self._limits, self._commands = limits, commands
+
     def accept(
         self, messages: Sequence[Message], cursor: Cursor | None
     ) -> Awaitable[tuple[Receipt, ...]]:

@@ -10,7 +10,9 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +26,12 @@ from ._errors import ConfigError, GatewayError
 from ._policy import Allowance, allow, plan_stop
 
 WRITTEN_BY: Final = "# Written by trio-gateway install systemd, sha256 "
+
+NOTIFY_RELOAD: Final = 253
+"""The version of systemd that knows `Type=notify-reload`; an older one starts nothing so."""
+
+PATIENCE: Final = 3.0
+"""Seconds that systemctl gets to say its version."""
 
 SYSTEM_UNITS: Final = Path("/etc/systemd/system")
 
@@ -96,6 +104,8 @@ class Service:
     """The address that the HTTP channel listens at, if it does."""
     socket: bool = False
     """Whether systemd opens that address, and keeps it open across restarts."""
+    notify_reload: bool = False
+    """Whether its systemd knows services that say when they have reloaded."""
     credentials: Sequence[str] = ()
     """`NAME:PATH`, each a file that is handed to the service in $CREDENTIALS_DIRECTORY."""
 
@@ -141,6 +151,7 @@ def plan_service(
         user=user,
         http=http,
         socket=socket,
+        notify_reload=(systemd_version() or 0) >= NOTIFY_RELOAD,
         credentials=credentials,
     )
     _check(service)
@@ -174,6 +185,21 @@ def _check(service: Service) -> None:
     for credential in service.credentials:
         if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}:/.+", credential):
             raise ConfigError(f"--credential {credential!r}: expected a name and a path, key:/path")
+
+
+def systemd_version() -> int | None:
+    """The version of this machine's systemd, if there is one."""
+    systemctl = shutil.which("systemctl")
+    if systemctl is None:
+        return None
+    try:
+        done = subprocess.run(
+            [systemctl, "--version"], capture_output=True, timeout=PATIENCE, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    match = re.match(rb"systemd (\d{1,6})", done.stdout)
+    return None if match is None else int(match[1])
 
 
 # ----- the text
@@ -211,9 +237,11 @@ def _about(service: Service) -> list[tuple[str, str]]:
 
 
 def _life(service: Service) -> Iterator[tuple[str, str]]:
-    yield "Type", "notify"
+    yield "Type", "notify-reload" if service.notify_reload else "notify"
     yield "NotifyAccess", "main"
     yield "ExecStart", " ".join(_quoted(word) for word in service.command) + _arguments(service)
+    if not service.notify_reload:
+        yield "ExecReload", "kill -HUP $MAINPID"
     yield "WorkingDirectory", _literal(str(service.folder))
     # What agents have started ends with the gateway, and not before.
     yield "KillMode", "mixed"

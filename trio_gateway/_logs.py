@@ -17,12 +17,13 @@ import os
 import re
 import select
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
 from queue import SimpleQueue
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, Protocol, TypeAlias, cast
 
 import attrs
 
@@ -43,6 +44,9 @@ SLOW_START: Final = 5.0
 """Seconds that the end waits, before that, for a log that has not got as far as its beginning."""
 
 STDERR: Final = 2
+
+RECENT: Final = 200
+"""Records that are kept for whoever begins to follow."""
 
 _BATCH: Final = 64 * 1024
 _TEXTS: Final = frozenset({"text"})  # the fields in which people and agents speak
@@ -236,8 +240,8 @@ def _quoted(value: object) -> str:
 
 
 @attrs.frozen
-class _Told:
-    """What is to be written. The fields are made by the writing thread; events do not change."""
+class Told:
+    """What is to be written. The fields are made by whoever writes; events do not change."""
 
     at: int
     level: LogLevel
@@ -249,17 +253,29 @@ class _Told:
         return {**head, "event": self.event, **self.fields()}
 
 
+class Follower(Protocol):
+    """Who follows a log, beside standard error."""
+
+    level: LogLevel
+
+    def hear(self, told: Told) -> None:
+        """Take a record; in any thread, also in a signal handler, without waiting."""
+        ...
+
+
 class Log:
     """Where a gateway's log goes. Every method but `flush` returns at once, in any thread, also
     in a signal handler. Made by `logging_to_stderr`."""
 
     def __init__(self, level: LogLevel, make_renderer: Callable[[], Renderer], fd: int) -> None:
-        self._rank = _RANK[level]
+        self._rank = self._lowest = _RANK[level]
+        self._followers: tuple[Follower, ...] = ()
+        self._recent: deque[Told] = deque(maxlen=RECENT)
         self._make_renderer = make_renderer
         self._fd = fd
         self._clock = SystemClock()
         # SimpleQueue is reentrant: a signal handler may log while it is being filled.
-        self._queue: SimpleQueue[_Told | threading.Event] = SimpleQueue()
+        self._queue: SimpleQueue[Told | threading.Event] = SimpleQueue()
         # Only ever counted up; the writing thread tells by how much.
         self._dropped = 0
         self._told_dropped = 0
@@ -273,14 +289,14 @@ class Log:
     def listener(self, event: Event) -> None:
         """Tell an event; for `Gateway.listen`."""
         level = event_level(event)
-        if _RANK[level] >= self._rank:
+        if _RANK[level] >= self._lowest:
             texts = level is LogLevel.DEBUG
             self._put(level, event_name(event), lambda: event_fields(event, texts=texts))
 
     def say(self, level: str, event: str, **fields: object) -> None:
         """Tell what is no event of the gateway. `level` is one of `LogLevel`'s."""
         told = LogLevel(level)
-        if _RANK[told] >= self._rank:
+        if _RANK[told] >= self._lowest:
             self._put(told, event, lambda: _flat_all(fields))
 
     def flush(self, timeout: float = FLUSH_AT_END) -> bool:
@@ -297,10 +313,43 @@ class Log:
         return self._ending.wait(timeout)
 
     def _put(self, level: LogLevel, event: str, fields: Callable[[], Fields]) -> None:
+        told, rank = Told(self._clock.now().wall, level, event, fields), _RANK[level]
+        for follower in self._followers:
+            if rank >= _RANK[follower.level]:
+                follower.hear(told)
+        if rank < self._rank:
+            return
+        self._recent.append(told)
         if self._queue.qsize() >= QUEUE:
             self._dropped += 1
         else:
-            self._queue.put(_Told(self._clock.now().wall, level, event, fields))
+            self._queue.put(told)
+
+    # ----- for whoever follows
+
+    def use_level(self, level: LogLevel) -> None:
+        """Write from this level on."""
+        self._rank = _RANK[level]
+        self._find_lowest()
+
+    def recent(self) -> tuple[Told, ...]:
+        """What was told last, oldest first."""
+        return tuple(self._recent)
+
+    @contextmanager
+    def follow(self, follower: Follower) -> Generator[None]:
+        """Tell `follower` too while the block lasts, from its own level on."""
+        self._followers = (*self._followers, follower)
+        self._find_lowest()
+        try:
+            yield
+        finally:
+            self._followers = tuple(one for one in self._followers if one is not follower)
+            self._find_lowest()
+
+    def _find_lowest(self) -> None:
+        ranks = (_RANK[follower.level] for follower in self._followers)
+        self._lowest = min((self._rank, *ranks))
 
     # ----- the writing thread
 
@@ -345,14 +394,14 @@ class Log:
         return self._renderer
 
     def _collect(
-        self, item: _Told | threading.Event, renderer: Renderer
+        self, item: Told | threading.Event, renderer: Renderer
     ) -> tuple[str, threading.Event | None]:
         """The lines that wait, up to a batch or to somebody who waits for them."""
         renderer.look_for_secrets()
         lines: list[str] = []
         size = 0
-        while isinstance(item, _Told):
-            lines.append(_render(renderer, item))
+        while isinstance(item, Told):
+            lines.append(render(renderer, item))
             size += len(lines[-1])
             if size >= _BATCH or self._queue.empty():
                 return "".join(lines), None
@@ -361,21 +410,22 @@ class Log:
 
     def _drops(self, renderer: Renderer, count: int) -> str:
         fields: Fields = {"count": count}
-        told = _Told(self._clock.now().wall, LogLevel.WARNING, "log_dropped", lambda: fields)
-        return _render(renderer, told)
+        told = Told(self._clock.now().wall, LogLevel.WARNING, "log_dropped", lambda: fields)
+        return render(renderer, told)
 
 
 def _flat_all(fields: Mapping[str, object]) -> Fields:
     return {name: told for key in fields for name, told in _flat(key, fields[key])}
 
 
-def _render(renderer: Renderer, told: _Told) -> str:
+def render(renderer: Renderer, told: Told) -> str:
+    """One record as a line, also one that cannot be written as it is."""
     try:
         return renderer.line(told.record())
     except Exception as error:
         # A record that cannot be written must not end the log.
         fields: Fields = {"about": told.event, "error": f"{type(error).__name__}: {error}"}
-        unreadable = _Told(told.at, LogLevel.ERROR, "log_record_unreadable", lambda: fields)
+        unreadable = Told(told.at, LogLevel.ERROR, "log_record_unreadable", lambda: fields)
         return renderer.line(unreadable.record())
 
 

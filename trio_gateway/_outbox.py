@@ -137,6 +137,15 @@ class Outbox:
                 with trio.move_on_after(0, shield=True):
                     await self._record(self._arrivals)
 
+    def use(self, rules: DeliveryRules, at_once: int) -> None:
+        """Deliver by these rules from now on, with so many senders for each channel."""
+        self._rules = rules
+        for wire in self._wires.values():
+            wire.at_once = at_once
+            if self._nursery is not None:
+                for _ in range(min(len(wire.ready), at_once - wire.senders)):
+                    self._add_sender(wire, self._nursery)
+
     async def wait_empty(self) -> None:
         """Wait until nothing is left to deliver, and every arrival is recorded."""
         while self.undelivered:
@@ -199,8 +208,8 @@ class Outbox:
         nursery.start_soon(self._send_on, wire, name=f"sender of {wire.link.name}")
 
     async def _send_on(self, wire: _Wire) -> None:
-        """A sender: the first delivery of one lane after the other."""
-        while True:
+        """A sender: the first delivery of one lane after the other, until it is one too many."""
+        while wire.senders <= wire.at_once:
             self._note_rest()
             if not wire.link.connected.value:
                 await wire.link.wait_connected()
@@ -212,6 +221,8 @@ class Outbox:
                 await self._send_first(wire, wire.ready.popleft())
             else:
                 await wire.idle.park()
+        wire.senders -= 1
+        wire.idle.unpark()  # it may have been woken for a lane, which needs another one then
 
     async def _send_first(self, wire: _Wire, lane: _Lane) -> None:
         lane.held = True

@@ -63,8 +63,10 @@ class Sessions:
         self._line: deque[Claim] = deque()
         self._parked: dict[str, deque[Claim]] = {}
         self._connected = connected
-        self._collect = collect
+        self.collect: bool = collect
+        """Whether a turn takes all that waits in its session."""
         self.slots_free: int = slots
+        """Below zero while more turns run than there are slots any more."""
         self.open_messages: int = 0
         """Messages that have not reached an end, in the sessions of this gateway's channels."""
         self.elsewhere: int = 0
@@ -167,6 +169,10 @@ class Sessions:
             slots_free=self.slots_free,
         )
 
+    def add_slots(self, count: int) -> None:
+        """There are `count` slots more (or less); no turn loses the one that it has."""
+        self.slots_free += count
+
     def occupy(self, session: Session) -> None:
         """Take a slot for a turn of this session."""
         session.busy = True
@@ -253,7 +259,7 @@ class Sessions:
 
         None also when a resumed turn is first: it needs a transaction of its own.
         """
-        if not self.may_begin_turns:
+        if not self.may_begin_turns or self.slots_free < 0:
             return None
         if self._line:
             claim = self._first(lambda claim: claim.pending is None)
@@ -291,6 +297,6 @@ class Sessions:
 
     def begin_request(self, session: Session) -> Begin:
         """What to ask the store for: one message, or all that wait."""
-        collect = self._collect or session.collect
+        collect = self.collect or session.collect
         session.collect = False
         return Begin(session.key, session.id or 0, collect)

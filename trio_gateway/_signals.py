@@ -21,6 +21,10 @@ Three lines of defence, each for when the one before cannot act:
                        `faulthandler` prints where and leaves with 1, without needing the lock
 
 Asked twice, nothing changes, but for Ctrl-C: the second ends the drain's window, the third leaves.
+
+SIGHUP has two meanings. To a process with a terminal the kernel sends it when that is gone: nobody
+is there any more, so it stops. Anywhere else somebody has sent it on purpose: read the
+configuration again.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from types import FrameType, MappingProxyType
 from typing import Any, Final, Protocol, TypeVar
@@ -55,7 +59,7 @@ STOPS: Final = MappingProxyType(
         signal.SIGUSR1: ResumeReason.RESTART,
     }
 )
-"""The signals that ask for a stop, and why its turns resume."""
+"""The signals that ask for a stop, and why its turns resume; HUP only from a terminal."""
 
 EXIT_FAILURE: Final = 1
 EXIT_RESTART: Final = 75
@@ -84,11 +88,15 @@ class Stop:
 
 
 class House(Protocol):
-    """What the desk serves. The first two are called in the event loop, the others on the desk's
+    """What the desk serves. The first three are called in the event loop, the others on the desk's
     thread, which must not wait for a loop that may be blocked."""
 
     def stop(self, stop: Stop) -> None:
         """Stop the gateway, if there is one already. Called again with each further signal."""
+        ...
+
+    def reload(self) -> None:
+        """Read the configuration again, as soon as that is possible."""
         ...
 
     def show(self) -> str:
@@ -149,6 +157,9 @@ class SignalDesk:
         self._notes: deque[int | Stop | StopPlan] = deque()
         self._stop: Stop | None = None
         self._interrupts = 0
+        self._stops = STOPS
+        self._reloads = 0
+        self._reloaded = 0
         self._shows = 0
         self._shown = 0
         self._show_by: float | None = None
@@ -164,6 +175,8 @@ class SignalDesk:
 
     def install(self) -> None:
         """Take TERM, INT, HUP (unless ignored: nohup), USR1 and USR2. In the main thread."""
+        if not hangs_up():
+            self._stops = MappingProxyType({n: STOPS[n] for n in STOPS if n != signal.SIGHUP})
         self._read_fd, self._write_fd = os.pipe()
         os.set_blocking(self._write_fd, False)
         self._stderr = _unblocking(2)
@@ -222,6 +235,9 @@ class SignalDesk:
             return
         if self._stop is not None:
             self._house.stop(self._stop)
+        if self._reloaded < self._reloads:
+            self._reloaded = self._reloads
+            self._house.reload()
         if self._shown < self._shows:
             self._shown = self._shows
             self._tell(self._house.show())
@@ -317,8 +333,8 @@ class SignalDesk:
         for number in set(data) & _NUMBERS:
             # From the C handler. If the main thread never comes to run ours, this is all that we
             # shall hear; ours counts and decides, a moment later.
-            if number in STOPS:
-                self._light(STOPS[signal.Signals(number)], signal.Signals(number).name)
+            if number in self._stops:
+                self._light(self._stops[signal.Signals(number)], signal.Signals(number).name)
         while self._notes:
             self._note(self._notes.popleft())
         if self._token is not None:
@@ -337,8 +353,11 @@ class SignalDesk:
             self._shows += 1
             self._show_by = time.monotonic() + NOTICE_AFTER
             return
+        if number not in self._stops:
+            self._reloads += 1
+            return
         self._interrupts += number is signal.SIGINT
-        self._light(STOPS[number], number.name)
+        self._light(self._stops[number], number.name)
 
     def _light(self, reason: ResumeReason, by: str) -> None:
         stop = self._stop or Stop(reason, by)
@@ -400,6 +419,17 @@ class SignalDesk:
     def _tell(self, text: str) -> None:
         """Write to standard error as much as there is room for; never wait for a reader."""
         write_some(self._stderr, f"trio-gateway: {text}".encode(errors="backslashreplace"))
+
+
+def hangs_up(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a SIGHUP tells that a terminal is gone: this process has one, and no supervisor."""
+    if environ.get("NOTIFY_SOCKET"):
+        return False
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def write_some(fd: int, data: bytes) -> None:

@@ -15,8 +15,8 @@ import inspect
 import math
 import typing
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from functools import partial
 from typing import Any, Final, TypeVar, cast
@@ -145,6 +145,16 @@ class Steps:
     known: dict[str, str | None]
     _uses: Counter[str] = attrs.field(factory=Counter[str], init=False)
     _taken: set[str] = attrs.field(factory=set[str], init=False)
+    under_way: list[str] = attrs.field(factory=list[str], init=False)
+    """Names of the steps that are being done just now, the newest last."""
+
+    @contextmanager
+    def _doing(self, name: str) -> Generator[None]:
+        self.under_way.append(name)
+        try:
+            yield
+        finally:
+            self.under_way.remove(name)
 
     def next_name(self, base: str) -> str:
         """The name of the next step called `base`: in a loop, the n-th time is the n-th step. Never
@@ -172,7 +182,7 @@ class Steps:
             if effect is Effect.UNSAFE:
                 raise StepInDoubt(name)
         began_at = self.memory.now()
-        with self.memory.traced(name):
+        with self._doing(name), self.memory.traced(name):
             if effect is Effect.UNSAFE:
                 await self.memory.begin_step(name, effect)
             stored = dump(what, await call(fn, *args))

@@ -1,9 +1,10 @@
 """What a supervisor (systemd, or whatever sets NOTIFY_SOCKET) is told. Without one, nothing.
 
-READY=1 after recovery. STOPPING=1 only when the open turns are marked: from that message on,
-systemd counts down to its SIGKILL. EXTEND_TIMEOUT_USEC only on real progress: while the start gets
-further, and in a stop while turns really settle, never for longer than our own budget lasts.
-WATCHDOG=1 from the event loop, and only while the store takes writes. STATUS= says what goes on.
+READY=1 after recovery; RELOADING=1, and READY=1 once more, around a reload. STOPPING=1 only when
+the open turns are marked: from that message on, systemd counts down to its SIGKILL.
+EXTEND_TIMEOUT_USEC only on real progress: while the start gets further, and in a stop while turns
+really settle, never for longer than our own budget lasts. WATCHDOG=1 from the event loop, and only
+while the store takes writes. STATUS= says what goes on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
@@ -70,6 +72,17 @@ class Supervisor:
         self._ready = True
         self._status = "serving"
         self.tell("READY=1", f"STATUS={self._status}")
+
+    def reloading(self) -> None:
+        """The configuration is read again; `reloaded` follows."""
+        if not self._stopping:
+            now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+            self.tell("RELOADING=1", f"MONOTONIC_USEC={now}", "STATUS=reading the configuration")
+
+    def reloaded(self) -> None:
+        """It was read, whatever came of it; a stop that has begun meanwhile goes before."""
+        if not self._stopping:
+            self.tell("READY=1", f"STATUS={self._status}")
 
     def hear(self, event: Event, time_left: Callable[[], float]) -> None:
         """Tell what follows from `event`; `time_left` says how much of our budget is left (s)."""

@@ -137,6 +137,12 @@ class Running:
         self.why = self.why or why
         self.scope.cancel(reason=self.why.value)
 
+    @property
+    def step(self) -> str | None:
+        """The step that it began last of those that it is in."""
+        steps = self.handle._steps
+        return steps.under_way[-1] if steps is not None and steps.under_way else None
+
     async def wait_over(self) -> None:
         """Wait until the child has ended, its commit included."""
         if self.handle._child is None:
@@ -148,12 +154,14 @@ class Running:
 
 @attrs.frozen(kw_only=True)
 class TurnInfo:
-    """A running turn at a glance. `running_for` is in seconds."""
+    """A running turn at a glance. `running_for` is in seconds; `step` is the one that it is in, if
+    it is in any."""
 
     id: int
     session: SessionKey
     attempt: int
     running_for: float
+    step: str | None = None
 
 
 @attrs.define(eq=False)

@@ -74,7 +74,7 @@ class Screen:
         stream = out or cast("TextIO | None", sys.stdout)
         if stream is None:
             raise GatewayError("standard output is closed: there is nowhere to answer to")
-        self._out = stream
+        self.out = stream
         self.terminal = stream.isatty()
 
     def json(self, value: object) -> None:
@@ -83,9 +83,9 @@ class Screen:
 
     def line(self, text: str = "") -> None:
         """One line, as it is."""
-        encoding = self._out.encoding or "utf-8"
-        self._out.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        self._out.flush()
+        encoding = self.out.encoding or "utf-8"
+        self.out.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        self.out.flush()
 
     def listing(self, listing: Listing) -> None:
         """A table, or what is said where there is nothing to list."""
@@ -109,11 +109,12 @@ class Screen:
         for column in listing.columns:
             table.add_column(column, overflow="fold")
         for row in listing.rows:
-            table.add_row(*(Text(cell, style=_color(cell)) for cell in row))
-        Console(file=self._out).print(table)
+            table.add_row(*(Text(cell, style=color(cell)) for cell in row))
+        Console(file=self.out).print(table)
 
 
-def _color(cell: str) -> str:
+def color(cell: str) -> str:
+    """The style of a cell, by the word that it ends with."""
     return next((_COLORS[word] for word in reversed(cell.split(" ")) if word in _COLORS), "")
 
 
