@@ -340,6 +340,7 @@ COLD: Final = MappingProxyType(
         "resume.max_interruptions": _AT_START,
         "resume.concurrency": _AT_START,
         "log.format": "the log has begun",
+        "traces.endpoint": "spans have a way already",
         "channels.console": "channels are opened at the start",
         "channels.console.session": _LISTENS,
         "channels.jsonl": "channels are opened at the start",
