@@ -34,7 +34,7 @@ from typing import Any
 import httpx2
 import trio
 from hypercorn.config import Config
-from hypercorn.trio import serve
+from hypercorn.trio import serve  # pyright: ignore[reportUnknownVariableType]
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -160,7 +160,8 @@ class Platform:
         config.bind, config.errorlog, config.graceful_timeout = ["127.0.0.1:0"], None, 0.1
         over = trio.Event()
         async with trio.open_nursery() as nursery:
-            run: Any = partial(serve, Starlette(routes=routes), config, shutdown_trigger=over.wait)
+            app: Any = Starlette(routes=routes)
+            run = partial(serve, app, config, shutdown_trigger=over.wait)
             (self.url,) = await nursery.start(run)
             yield
             self.cut()
