@@ -60,6 +60,7 @@ def _pages() -> Iterator[tuple[Path, str]]:
         for file in sorted((ROOT / folder).iterdir()):
             if file.is_file():
                 yield _page_of(file), _listing(file)
+    yield COPIES / "examples.md", _list_of_examples()
     yield COPIES / "command-line.md", _command_line()
 
 
@@ -92,7 +93,7 @@ def _home_of(target: Path) -> str | None:
         return f"files/{WHOLE[name]}.md"
     if target.parent.name in ("examples", "deploy") and target.is_file():
         return str(_page_of(target).relative_to(DOCS))
-    return {"README.md": "index.md", "examples": "examples.md"}.get(name)
+    return {"README.md": "index.md", "examples": "files/examples.md"}.get(name)
 
 
 def _mend(_app: Sphinx, docname: str, source: list[str]) -> None:
@@ -108,12 +109,29 @@ def _page_of(file: Path) -> Path:
     return COPIES / file.parent.name / f"{name.removesuffix('.py')}.md"
 
 
+def _list_of_examples() -> str:
+    files = sorted((ROOT / "examples").iterdir())
+    lines = [f"- [{file.name}](/{_page_of(file).relative_to(DOCS)}): {_summary(file)}"
+             for file in files if file.is_file()]  # fmt: skip
+    return (
+        "# Examples\n\nPrograms to read and to run; a test runs each as its reader would.\n\n"
+        + "\n".join(lines)
+        + "\n\n```{toctree}\n:hidden:\n:glob:\n\nexamples/*\n```\n"
+    )
+
+
+def _summary(file: Path) -> str:
+    text = file.read_text()
+    if file.suffix == ".py":
+        return text.split('"""')[1].partition("\n")[0]
+    return next(line.lstrip("# ") for line in text.splitlines()[1:] if line.startswith("# "))
+
+
 def _listing(file: Path) -> str:
     """A page with one file on it. The docstring of a program is its text."""
     text, intro = file.read_text(), ""
     if file.suffix == ".py":
-        summary = text.split('"""')[1].partition("\n")[0]
-        intro = f"{summary}\n\n"
+        intro = f"{_summary(file)}\n\n"
     head = "---\norphan: true\n---\n" if file.parent.name == "deploy" else ""
     fence = f"````{LANGUAGES[file.suffix]}\n{text.rstrip()}\n````\n"
     return f"{head}# {file.parent.name}/{file.name}\n\n{intro}{fence}"
@@ -127,8 +145,8 @@ def _command_line() -> str:
 
     parts = ["# The command line", "What each command says of itself, asked while this was built."]
     for words in [(), *_commands(app)]:
-        parts += [f"## `trio-gateway {' '.join(words)}`".replace(" `", "`", 1) if not words else
-                  f"## `trio-gateway {' '.join(words)}`", f"```text\n{_help(words)}\n```"]  # fmt: skip
+        title = " ".join(("trio-gateway", *words))
+        parts += [f"## `{title}`", f"```text\n{_help(words)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
