@@ -9,10 +9,14 @@ Types in signatures stand in private files; whoever reads is led to the public n
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
+
+from sphinx.pycode import ModuleAnalyzer
 
 if TYPE_CHECKING:
     from docutils.nodes import Element
@@ -32,6 +36,18 @@ MODULES: Final = (
 )
 """The front doors: what their `__all__` names is public. Each name is told about under the first."""
 
+NOT_CALLED: Final = frozenset(
+    {
+        "trio_gateway.Gateway",
+        "trio_gateway.Question",
+        "trio_gateway.Turn",
+        "trio_gateway.store.Ledger",
+        "trio_gateway.store.SqliteStore",
+        "trio_gateway.store.StoreReader",
+    }
+)
+"""Classes whose objects come from elsewhere."""
+
 CODE: Final = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 NAME: Final = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
 ENTRY: Final = re.compile(r"(`[\w.]+`)\s{2,}(\S.*)|(\w+\(\))\s{2,}(\S.*)")
@@ -40,6 +56,7 @@ ENTRY: Final = re.compile(r"(`[\w.]+`)\s{2,}(\S.*)|(\w+\(\))\s{2,}(\S.*)")
 def setup(app: Sphinx) -> dict[str, bool]:
     """Rewrite docstrings, and find public names."""
     app.connect("autodoc-process-docstring", _rewrite)
+    app.connect("autodoc-process-signature", _without_what_nobody_calls)
     app.connect("missing-reference", _find_public)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
@@ -101,15 +118,39 @@ def _public(app: Sphinx) -> dict[str, str]:
 
 
 def _rewrite(
-    app: Sphinx, _what: str, name: str, _thing: object, _options: object, lines: list[str]
+    app: Sphinx, what: str, name: str, _thing: object, _options: object, lines: list[str]
 ) -> None:
     public = _public(app)
+    if what == "data":
+        lines[:] = _told_where_it_is_written(name)
 
     def linked(found: re.Match[str]) -> str:
         target = _target(found[1], name, public) if NAME.fullmatch(found[1]) else None
         return f"``{found[1]}``" if target is None else f":py:obj:`{found[1]} <{target}>`"
 
     lines[:] = [line for block in _blocks(lines) for line in _told(block, linked)]
+
+
+def _told_where_it_is_written(name: str) -> list[str]:
+    """The docstring of a public value: it stands behind the value, in the private file that the
+    front door imports it from. What its type says of itself is of no use to anybody."""
+    module, _, short = name.rpartition(".")
+    for node in ast.walk(ast.parse(inspect.getsource(importlib.import_module(module)))):
+        if isinstance(node, ast.ImportFrom) and short in [alias.name for alias in node.names]:
+            file = importlib.import_module("." * node.level + (node.module or ""), module)
+            comments = ModuleAnalyzer.for_module(file.__name__).find_attr_docs()
+            return list(comments.get(("", short), []))
+    return list(ModuleAnalyzer.for_module(module).find_attr_docs().get(("", short), []))
+
+
+def _without_what_nobody_calls(
+    _app: Sphinx, what: str, name: str, thing: object, _options: object, _sig: str, _ret: str
+) -> tuple[str, None] | None:
+    """Protocols, and classes whose objects are made by what their docstring names, are not called:
+    their arguments are nobody's business."""
+    if what == "class" and (name in NOT_CALLED or getattr(thing, "_is_protocol", False)):
+        return "", None
+    return None
 
 
 def _blocks(lines: Sequence[str]) -> Iterator[list[str]]:
