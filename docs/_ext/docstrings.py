@@ -48,6 +48,7 @@ NOT_CALLED: Final = frozenset(
 )
 """Classes whose objects come from elsewhere."""
 
+YIELDS: Final = re.compile(r"~?[\w.]*Generator\[(.+?)(?:, None)+\]")
 CODE: Final = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 NAME: Final = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
 ENTRY: Final = re.compile(r"(`[\w.]+`)\s{2,}(\S.*)|(\w+\(\))\s{2,}(\S.*)")
@@ -56,7 +57,7 @@ ENTRY: Final = re.compile(r"(`[\w.]+`)\s{2,}(\S.*)|(\w+\(\))\s{2,}(\S.*)")
 def setup(app: Sphinx) -> dict[str, bool]:
     """Rewrite docstrings, and find public names."""
     app.connect("autodoc-process-docstring", _rewrite)
-    app.connect("autodoc-process-signature", _without_what_nobody_calls)
+    app.connect("autodoc-process-signature", _as_it_is_used)
     app.connect("missing-reference", _find_public)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
@@ -143,14 +144,15 @@ def _told_where_it_is_written(name: str) -> list[str]:
     return list(ModuleAnalyzer.for_module(module).find_attr_docs().get(("", short), []))
 
 
-def _without_what_nobody_calls(
-    _app: Sphinx, what: str, name: str, thing: object, _options: object, _sig: str, _ret: str
-) -> tuple[str, None] | None:
+def _as_it_is_used(
+    _app: Sphinx, what: str, name: str, thing: object, _options: object, sig: str, ret: str | None
+) -> tuple[str, str | None] | None:
     """Protocols, and classes whose objects are made by what their docstring names, are not called:
-    their arguments are nobody's business."""
+    their arguments are nobody's business. And a block is given what its function yields."""
     if what == "class" and (name in NOT_CALLED or getattr(thing, "_is_protocol", False)):
         return "", None
-    return None
+    yields = YIELDS.fullmatch(ret or "") if hasattr(thing, "__wrapped__") else None
+    return None if yields is None else (sig, yields[1])
 
 
 def _blocks(lines: Sequence[str]) -> Iterator[list[str]]:
