@@ -1,6 +1,6 @@
 """docs/tutorial.md is followed from its first listing to its last, as a reader would: files are
-written, commands are given, the gateway is killed where the page says so, and what the page shows is
-compared. Times and ids differ; everything else must not."""
+written, commands are given, the gateway is killed where the page says so, and what the page shows
+is compared. Times and ids differ; everything else must not."""
 
 from __future__ import annotations
 
