@@ -90,8 +90,9 @@ def tests_trio(session: nox.Session, trio: str) -> None:
 def examples(session: nox.Session) -> None:
     """Every example, run as a process; README's bot and transcript, every listing of the site."""
     session.install("-e", ".[test]")
-    session.run("pytest", "tests/test_examples.py", "tests/test_readme.py", "tests/test_docs.py",
-                "tests/test_docs_run.py", "tests/test_tutorial.py", *session.posargs)  # fmt: skip
+    files = ["examples", "example_approval", "example_polling", "readme", "docs", "docs_run",
+             "tutorial"]  # fmt: skip
+    session.run("pytest", *(f"tests/test_{file}.py" for file in files), *session.posargs)
 
 
 @nox.session(python="3.12")

@@ -1,8 +1,8 @@
 """The site: `nox -s docs` builds it, and every warning is an error.
 
-The pages are the Markdown files of this folder, as they are read in the repository, too. What stands
-elsewhere (README, ARCHITECTURE.md, examples/, deploy/, the command line's own help) is copied into
-`files/` when a build begins; `_ext/` says how.
+The pages are the Markdown files of this folder, as they are read in the repository, too. What
+stands elsewhere (README, ARCHITECTURE.md, examples/, deploy/, the command line's own help) is
+copied into `files/` when a build begins; `_ext/` says how.
 """
 
 from __future__ import annotations

@@ -12,9 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from processes import launch
 
 from trio_gateway import Channel
 from trio_gateway.http import read_token, token_path
-from trio_gateway.store import read_store
-from trio_gateway.testing import CHANNEL_CHECKS, ChannelBench, MemoryIntake
+from trio_gateway.testing import CHANNEL_CHECKS, ChannelBench
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PATIENCE = 40.0
@@ -214,95 +212,6 @@ def test_the_assistant_keeps_it_short_when_the_gateway_drains(tmp_path: Path) ->
         assert first.end_input() == 0
 
 
-# ----- an agent that asks a person
-
-APPROVING = f"""
-import runpy
-agent = runpy.run_path({str(EXAMPLES / "approval.py")!r})["agent"]
-"""
-ONE_SLOT = {"TRIO_GATEWAY_LIMITS__TURNS": "1", "BANK_PACE": "0"}
-"""With a single slot, a question that held one would keep everybody waiting."""
-
-
-def booked(where: Path) -> list[str]:
-    """What the bank has booked, without the keys."""
-    book = where / "bank.log"
-    return (
-        [line.partition(" ")[2] for line in book.read_text().splitlines()] if book.exists() else []
-    )
-
-
-def ask_for_500(where: Path) -> int:
-    """Order a payment that has to be asked about, and be killed over the question: its number."""
-    with launch(where, APPROVING, env=environment(**ONE_SLOT)) as gateway:
-        gateway.send("ada", "m1", "pay 500 to bob")
-        asked = gateway.expect("reply", session="ada", final=True)
-        found = re.fullmatch(r'Number (\d+): .* Answer "yes \1" or "no \1"\.', asked["text"])
-        assert found
-        # The question holds nothing: bob is served, in the one slot that there is.
-        gateway.send("bob", "m2", "pay 20 to ada")
-        gateway.expect("reply", session="bob", final=True)
-        gateway.kill()
-    assert booked(where) == ["20 ada"]
-    return int(found[1])
-
-
-def test_approval_is_waited_for_by_nobody_and_paid_once_through_two_kills(tmp_path: Path) -> None:
-    number = ask_for_500(tmp_path)
-    with closing(read_store(tmp_path / "gateway.db")) as reader:
-        assert reader.open_turns() == ()
-
-    with launch(tmp_path, APPROVING, env=environment(**(ONE_SLOT | {"BANK_PACE": "60"}))) as second:
-        second.send("ada", "m3", f"Yes {number}")
-        wait_until(lambda: booked(tmp_path) == ["20 ada", "500 bob"])
-        second.kill()
-
-    with launch(tmp_path, APPROVING, env=environment(**ONE_SLOT)) as third:
-        paid = third.expect("reply", session="ada", final=True, in_reply_to=["m3"])
-        assert paid["text"] == f"Number {number} is paid: 500 to bob."
-        assert paid["attempt"] == 2
-        third.send("ada", "m4", f"yes {number}")
-        again = third.expect("reply", session="ada", final=True, in_reply_to=["m4"])
-        assert again["text"] == f"That is decided. Number {number} is paid: 500 to bob."
-        assert third.stop() == 0
-
-    assert booked(tmp_path) == ["20 ada", "500 bob"]
-
-
-@pytest.mark.parametrize(
-    ("answer", "days", "said"),
-    [
-        ("no {}", "7", "Number {} is refused; nothing is paid."),
-        ("yes {}", "0", "Number {} is too old; nothing is paid. Order it again."),
-        ("yes 9{}", "7", "There is no question with the number 9{}."),
-    ],
-)
-def test_approval_that_is_not_given_pays_nothing(
-    tmp_path: Path, answer: str, days: str, said: str
-) -> None:
-    number = ask_for_500(tmp_path)
-
-    given = environment(**ONE_SLOT, APPROVAL_DAYS=days)
-    with launch(tmp_path, APPROVING, env=given) as second:
-        second.send("ada", "m3", answer.format(number))
-        reply = second.expect("reply", session="ada", final=True, in_reply_to=["m3"])
-        assert reply["text"] == said.format(number)
-        # Another person's question is not theirs to answer.
-        second.send("bob", "m4", f"yes {number}")
-        reply = second.expect("reply", session="bob", final=True, in_reply_to=["m4"])
-        assert reply["text"] == f"There is no question with the number {number}."
-
-    assert booked(tmp_path) == ["20 ada"]
-
-
-def wait_until(true: Callable[[], bool]) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 # ----- an agent in another language
 
 COUNTER = f"""
@@ -415,85 +324,6 @@ def bench_of(platform: Any, channel: Channel) -> ChannelBench:
 @pytest.mark.parametrize("check", CHANNEL_CHECKS, ids=lambda check: check.__name__)
 async def test_custom_channel_keeps_the_contract(check: Any) -> None:
     await check(line_bench)
-
-
-# ----- a channel that asks
-
-
-def test_polling_channel_loses_nothing_and_labels_what_may_be_a_repeat(tmp_path: Path) -> None:
-    lines = output_of([sys.executable, str(EXAMPLES / "polling_channel.py")], tmp_path)
-
-    for line in (
-        "too fast: come back later",
-        "bob reads 'GOOD MORNING'",
-        "bob reads 'DO YOU HEAR ME?'",
-        "bob reads '(You may have seen this before.)\\nDO YOU HEAR ME?'",
-        "ada reads 'STILL THERE?'",
-    ):
-        assert line in lines
-    assert lines.index("the gateway is gone") < lines.index("ada reads 'STILL THERE?'")
-    assert lines[-1] == "5 texts were shown"
-
-
-POLLING = runpy.run_path(str(EXAMPLES / "polling_channel.py"))
-
-
-@asynccontextmanager
-async def bot_bench() -> AsyncGenerator[ChannelBench, None]:
-    """The polling channel, with its example's platform at its other end."""
-    platform = POLLING["Platform"]()
-    async with platform.serving():
-        channel = POLLING["BotChannel"](platform.url, platform.token)
-        yield bench_of_bot(platform, channel)
-
-
-def bench_of_bot(platform: Any, channel: Channel) -> ChannelBench:
-    """What that platform can do, in the words of the suite."""
-
-    async def say(session: str, id: str, text: str) -> None:
-        platform.say(session, text)
-
-    async def wait_heard(count: int) -> list[str]:
-        await platform.wait_shown(count)
-        return [text for _, text in platform.shown]
-
-    async def cut() -> None:
-        platform.cut()
-
-    async def be_busy(seconds: float) -> None:
-        platform.next_answer, platform.retry_after = "busy", seconds
-
-    async def be_gone() -> None:
-        platform.next_answer = "gone"
-
-    return ChannelBench(
-        channel=channel,
-        say=say,
-        wait_heard=wait_heard,
-        cut=cut,
-        be_busy=be_busy,
-        be_gone=be_gone,
-    )
-
-
-@pytest.mark.parametrize("check", CHANNEL_CHECKS, ids=lambda check: check.__name__)
-async def test_polling_channel_keeps_the_contract(
-    check: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    await check(bot_bench)
-
-
-async def test_the_polling_channels_errors_do_not_tell_its_token() -> None:
-    platform = POLLING["Platform"]()
-    channel = POLLING["BotChannel"]("http://127.0.0.1:9", platform.token)
-
-    with pytest.raises(ConnectionError) as caught:
-        await channel.serve(MemoryIntake(), task_status=trio.TASK_STATUS_IGNORED)
-
-    trace = "".join(traceback.format_exception(caught.value))
-    assert platform.token not in trace
-    assert "getMe: ConnectError" in trace
 
 
 def test_crash_test_finds_the_careless_agent_out(tmp_path: Path) -> None:

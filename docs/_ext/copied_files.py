@@ -41,7 +41,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
 
 
 def copy_all() -> None:
-    """Write every page of `files/`; one that has not changed is left alone, and is not read again."""
+    """Write every page of `files/`; one that has not changed is left alone, and not read again."""
     pages = dict(_pages())
     for path, text in pages.items():
         path.parent.mkdir(parents=True, exist_ok=True)

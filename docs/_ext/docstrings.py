@@ -1,6 +1,6 @@
 """Docstrings as they are written here, made into what Sphinx reads.
 
-    `name`          a link, where the name is public or an attribute of what is told about; else code
+    `name`          a link, where the name is public, or part of what is told about; else code
     an indented     paragraph stays as it is: code, or a table in letters
     `name`   text   a list, where the lines of a paragraph begin so
 
@@ -34,7 +34,7 @@ MODULES: Final = (
     "trio_gateway.store",
     "trio_gateway.testing",
 )
-"""The front doors: what their `__all__` names is public. Each name is told about under the first."""
+"""The front doors: what their `__all__` names is public, and is told about under the first one."""
 
 NOT_CALLED: Final = frozenset(
     {
@@ -102,9 +102,7 @@ def _find_public(
         return None
     domain = env.domains.python_domain
     told = f"{public[head]}{dot}{tail}"
-    return domain.resolve_xref(
-        env, node["refdoc"], app.builder, "obj", told, node, around  # type: ignore[arg-type]
-    )
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", told, node, around)
 
 
 def _public(app: Sphinx) -> dict[str, str]:
@@ -216,4 +214,3 @@ def _existing(full: str, text: str) -> str | None:
             return None
         thing = vars(thing)[part]
     return f"{full}.{tail}" if tail else full
-

@@ -1,5 +1,5 @@
-"""What must be so of the site, or its build fails: every public name is told about, and nothing that
-a page loads comes from another host."""
+"""What must be so of the site, or its build fails: every public name is told about, and nothing
+that a page loads comes from another host."""
 
 from __future__ import annotations
 
