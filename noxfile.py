@@ -19,7 +19,7 @@ nox.options.reuse_venv = "yes"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = "CI" in os.environ
 nox.options.sessions = [
-    "lint", "types", "tests", "tests_trio", "examples", "build", "bench", "proof", "crash",
+    "lint", "types", "tests", "tests_trio", "examples", "docs", "build", "bench", "proof", "crash",
 ]  # fmt: skip
 
 PYTHONS = ["3.11", "3.12", "3.13"]
@@ -101,9 +101,20 @@ def tests_trio(session: nox.Session, trio: str) -> None:
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Every example, run as a process; README's bot and transcript too."""
+    """Every example, run as a process; README's bot and transcript, every listing of the site."""
     session.install("-e", ".[test]")
-    session.run("pytest", "tests/test_examples.py", "tests/test_readme.py", *session.posargs)
+    files = ["examples", "example_approval", "example_polling", "readme", "docs", "docs_run",
+             "tutorial"]  # fmt: skip
+    session.run("pytest", *(f"tests/test_{file}.py" for file in files), *session.posargs)
+
+
+@nox.session(python="3.12")
+def docs(session: nox.Session) -> None:
+    """The site, in docs/_build/html; a warning is an error. Arguments go to sphinx-build."""
+    session.install("-e", ".[test]", *GROUPS(PROJECT, "docs"))
+    session.run("sphinx-build", "-b", "html", "-E", "-W", "--keep-going", "-n", "-q",
+                *session.posargs, "docs", "docs/_build/html")  # fmt: skip
+    print("docs/_build/html/index.html")
 
 
 @nox.session

@@ -237,9 +237,11 @@ class Gateway:
     def question(self, message: Message) -> Generator[Question, None, None]:
         """`ask` in two steps, for who has something to do between them:
 
-        with gateway.question(message) as question:
-            receipt = await question.accept()
-            state, replies = await question.outcome()
+            with gateway.question(message) as question:
+                receipt = await question.accept()
+                state, replies = await question.outcome()
+
+        Leaving the block gives the wait up, not the message.
         """
         # A name that is none is nobody's: the inbox says what is wrong with it.
         channel, message_id = as_text(message.channel), as_text(message.id)

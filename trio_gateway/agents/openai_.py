@@ -52,14 +52,14 @@ class OpenAIAgent:
 
     `model`: the server's name for it. `system`: the message before all others. `base_url`: where
     the server is; None: OPENAI_BASE_URL, or OpenAI's own. `api_key`: None: OPENAI_API_KEY when the
-    gateway starts; a server of one's own needs none. `tools`: functions, or `tool`s, which say what
-    their effects are. `history`: lines of the conversation that the model is told at the most;
-    `context`: characters of them, of `system` and of the turn's own text together, roughly four to
-    a token; what is too much is left out from the oldest on. `max_tokens`: of one answer; None: the
-    server's own limit. `max_calls`: model calls of one turn; in the last one the model may ask for
-    no tool. `timeout`: seconds that the server may be silent. `tries`: how often one model call is
-    tried; `patience`: seconds that it may take until the last try begins. `extra`: further fields
-    of each request, `{"temperature": 0}`, say.
+    gateway starts; a server of one's own needs none. `tools`: functions, or what `tool` makes of
+    them, which say what their effects are. `history`: lines of the conversation that the model is
+    told at the most; `context`: characters of them, of `system` and of the turn's own text
+    together, roughly four to a token; what is too much is left out from the oldest on.
+    `max_tokens`: of one answer; None: the server's own limit. `max_calls`: model calls of one turn;
+    in the last one the model may ask for no tool. `timeout`: seconds that the server may be silent.
+    `tries`: how often one model call is tried; `patience`: seconds that it may take until the last
+    try begins. `extra`: further fields of each request, `{"temperature": 0}`, say.
 
     It owns its connections: it is an async context manager that yields the agent, and can be
     entered again. Raises `AgentNotUsable` for an argument that has no meaning, if the extra
