@@ -110,8 +110,8 @@ class House:
         return found if drafts else [entry for entry in found if entry.what != "draft"]
 
     async def span(self, session: SessionKey) -> tuple[int, int]:
-        """The oldest and the newest place in a session's journal. Raises `NotFound` for a session
-        that has none."""
+        """The oldest and the newest place in a session's journal, see `StoreReader.journal_span`.
+        Raises `NotFound` for a session that has none."""
         if session.channel != self.channel:
             raise NotFound(
                 f"session {session} has no journal, its channel delivers by itself; only sessions"
