@@ -101,7 +101,7 @@ class Follower:
             if heard >= leaves_after and not self.town.over:
                 self.town.seen["a follower that left, and came back"] += 1
                 return
-        if last != "end" or not self.town.stopping:
+        if last != "end" or not self.town.leaves:
             self.town.complain(f"{self.session}: the stream ended with {last!r}")
         self.town.seen["a stream that ended in order"] += 1
 
@@ -136,7 +136,7 @@ class Talker(Person):
         if not in_order:
             await self.town.wait_a_moment()
             return
-        if socket.code != RESTARTS or not self.town.stopping:
+        if socket.code != RESTARTS or not self.town.leaves:
             self.town.complain(f"{self.name}: closed with {socket.code}")
         self.town.seen["a WebSocket closed with 1012"] += 1
 
@@ -186,7 +186,7 @@ class Talker(Person):
             self.logs[session].take(one["seq"], one["event"], one)
         elif kind == "ack":
             self._acknowledged(one)
-        elif kind == "error" and self.town.stopping:
+        elif kind == "error" and self.town.leaves:
             self.town.figures["turned_away"] += 1
         elif kind != "progress":
             self.town.complain(f"{self.name}: {one}")

@@ -27,7 +27,7 @@ import trio
 
 from ._door_wire import Address, Answer, Gone, Refused, Wire, connect, connected
 
-KINDS: Final = {"plain": 40, "slow": 20, "says": 12, "steps": 6, "nap": 2, "fails": 1, "child": 1}
+KINDS: Final = {"plain": 40, "slow": 20, "says": 12, "steps": 6, "nap": 2, "fails": 1, "child": 2}
 """What a message asks the agent to do, and how often."""
 
 OPEN_AT_ONCE: Final = 100
@@ -82,13 +82,25 @@ class Town:
     """What the door must not have said."""
     life: int = 0
     stopping: bool = False
-    """Whether this life was told to stop: only then may it turn somebody away."""
+    """Whether this life was told to stop."""
+    was_stopping: bool = False
+    """Whether the one before was: what it said last may be heard only now."""
     closing_time: bool = False
     """Nobody begins anything new any more."""
     over: bool = False
     """All is answered: who follows leaves when the gateway does."""
     just_sent: trio.Event = attrs.field(factory=trio.Event)
     """Set, and made anew, each time that a request is about to leave."""
+
+    def begin_life(self) -> None:
+        """Another process."""
+        self.life += 1
+        self.was_stopping, self.stopping = self.stopping, False
+
+    @property
+    def leaves(self) -> bool:
+        """Whether who speaks may be a gateway that leaves: only that may turn somebody away."""
+        return self.stopping or self.was_stopping
 
     def complain(self, what: str) -> None:
         """Note what must not have been."""
@@ -120,7 +132,7 @@ class Town:
 
     def turned_away(self, id: str, answer: Answer) -> None:
         """Anything but a receipt: only a gateway that leaves may do so."""
-        if answer.status == 503 and self.stopping:
+        if answer.status == 503 and self.leaves:
             self.figures["turned_away"] += 1
         else:
             self.complain(f"{id} was answered {answer}")
@@ -139,8 +151,7 @@ class Town:
 
     async def wait_a_moment(self) -> None:
         """Before somebody who was cut off comes back."""
-        self.figures["cut_off"] += 1
-        await trio.sleep(0.01 + self.dice.random() * 0.04)
+        await trio.sleep(0.02 + self.dice.random() * 0.08)
 
 
 @attrs.define(eq=False)
@@ -247,7 +258,7 @@ class Poster(Person):
         if (receipt["id"], receipt["session"]) != (id, f"http:{sent.session}"):
             self.town.complain(f"{id}: a receipt for another message: {said}")
         self.town.acknowledge(id, receipt["status"])
-        if "note" in said and not self.town.stopping:
+        if "note" in said and not self.town.leaves:
             self.town.complain(f"{id}: {said['note']}, and nobody has stopped it")
         if answer.status == 200:
             self.town.seen["waited for, and answered"] += 1
@@ -352,8 +363,8 @@ class Streamed:
     id: str
     text: str
     events: list[dict[str, Any]] = attrs.field(factory=list[dict[str, Any]])
-    pieces: int = 1
-    """Streams that it took."""
+    pieces: int = 0
+    """Streams that it took, of those that told something."""
 
 
 @attrs.define(eq=False)
@@ -373,7 +384,6 @@ class Streamer(Person):
                 async with connected(self.town.address, self.town.token) as wire:
                     await self._read(wire, told, tag, session)
             except Gone:
-                told.pieces += bool(told.events)
                 await self.town.wait_a_moment()
             except Refused as refused:
                 self.town.turned_away(told.id, refused.answer)
@@ -397,9 +407,10 @@ class Streamer(Person):
                 fields={"model": "m", "input": told.text, "stream": True},
                 headers={"idempotency-key": tag, "x-session": session},
             )
-        stays = self.town.dice.random() < 0.8
+        stays, before = self.town.dice.random() < 0.8, len(told.events)
         async with aclosing(events):
             async for one in events:
+                told.pieces += len(told.events) == before
                 if one.data["sequence_number"] != len(told.events):
                     self.town.complain(
                         f"{told.id}: event {one.data['sequence_number']} after"
@@ -407,7 +418,6 @@ class Streamer(Person):
                     )
                 told.events.append(one.data)
                 if not stays and self.town.dice.random() < 0.1:
-                    told.pieces += 1
                     return
 
 

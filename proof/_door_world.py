@@ -94,8 +94,7 @@ class World:
     @asynccontextmanager
     async def alive(self, **env: str) -> AsyncGenerator[trio.Process, None]:
         """One life. At its end the process is gone, and so is every program that it ran."""
-        self.town.life += 1
-        self.town.stopping = False
+        self.town.begin_life()
         with (self.folder / "log.txt").open("ab") as log:
             process = await trio.lowlevel.open_process(
                 self._command(),

@@ -131,11 +131,13 @@ class Crowd:
 
     async def whole(self, seconds: float) -> None:
         """So many seconds of short lives, and a last one that ends everything."""
-        town, ends = self.world.town, list[str]()
+        town = self.world.town
+        ends = list(dict.fromkeys(ENDS))  # each at least once, however few seconds there are
+        town.dice.shuffle(ends)
         async with trio.open_nursery() as nursery:
             self.start(nursery)
             deadline = trio.current_time() + seconds
-            while trio.current_time() < deadline:
+            while ends or trio.current_time() < deadline:
                 if not ends:
                     ends = list(ENDS)
                     town.dice.shuffle(ends)
@@ -172,7 +174,6 @@ class Crowd:
             town.stopping = True
             process.send_signal(SIGTERM)
             await world.until_drains()
-            await self.keeper.hang_up()  # a connection of today is not one of yesterday
             await self._keep(f"plain {self.keeper.name}-{town.life}-late", late=True)
             (world.folder / f"gate-{text.partition(' ')[2]}").touch()
             await world.left(0)
@@ -181,6 +182,7 @@ class Crowd:
     async def _keep(self, text: str, *, late: bool) -> str:
         town, id = self.world.town, text.partition(" ")[2]
         town.noted(id, "keeper", text)
+        await self.keeper.hang_up()  # a connection of now, not one of an earlier life
         answer = await self.keeper.post(id, waits=False)
         assert answer is not None, f"nobody answers {id}, late: {late}\n{self.world.story}"
         self.keeper.take(id, answer, waits=False)
