@@ -250,6 +250,8 @@ class Drawer:
             (b"content-type", b"application/x-www-form-urlencoded"),
         )
         token = self.dice.choice((None, b"Bearer " + TOKEN.encode()))
+        if target == b"/pause":
+            token = None  # who may do so would stop everybody
         cookie = self.dice.choice((b"", b"trio_gateway=1.x", b"trio_gateway=\xff", b"=;;=", b"a"))
         method = self.dice.choice(("GET", "POST"))
         head = Head(method, target, (*headers, (b"cookie", cookie)), token=token)

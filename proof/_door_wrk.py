@@ -91,8 +91,11 @@ class _Run:
             )
             try:
                 while asking.poll() is None:
-                    async with world.alive():
-                        await world.killed("killed in the load")
+                    async with world.alive() as process:
+                        await world.serves()
+                        await trio.sleep(0.3 + world.dice.random() * 1.2)
+                        process.kill()
+                        town.figures["kills"] += 1
             finally:
                 with trio.CancelScope(shield=True):
                     asking.kill()

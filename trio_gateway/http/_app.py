@@ -55,7 +55,7 @@ class App:
     def __init__(self, house: House, on_fault: Callable[[BaseException], None]) -> None:
         self._house = house
         self._on_fault = on_fault
-        self._router = Router(self._routes())
+        self._router = Router(self._routes(), redirect_slashes=False)
 
     def _routes(self) -> list[Route]:
         at, session = self._at, "/v1/sessions/{key:name}"

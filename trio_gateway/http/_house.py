@@ -55,7 +55,7 @@ class House:
     settings: HttpSettings
     guard: Guard
     channel: str
-    hook_secret: bytes | None = None
+    hook_secret: bytes | None = attrs.field(default=None, repr=False)
     bells: Bells = attrs.field(factory=Bells)
     board: Board = attrs.field(factory=Board)
     closing: trio.Event = attrs.field(factory=trio.Event)
