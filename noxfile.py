@@ -25,7 +25,7 @@ nox.options.sessions = [
 PYTHONS = ["3.11", "3.12", "3.13"]
 OLDEST_TRIO = "trio==0.32.0"
 CAMPAIGNS = [
-    "lives", "systemd", "kill-io", "power", "bad-input", "soak", "resources", "machine",
+    "lives", "systemd", "kill-io", "power", "bad-input", "soak", "door", "resources", "machine",
     "supervisors", "contract",
 ]  # fmt: skip
 """What fits, in the size of CI, into twenty minutes on two cores."""

@@ -21,7 +21,7 @@ from ._report import Campaign, Enough, Job, Report, Size, Skip
 
 NAMES: Final = (
     "lives", "machine", "kill-io", "kill-syscalls", "disk", "power", "systemd", "supervisors",
-    "resources", "bad-input", "soak", "contract",
+    "resources", "bad-input", "soak", "door", "contract",
 )  # fmt: skip
 """In the order of the page."""
 

@@ -6,7 +6,7 @@ that was accepted before is lost, and what is healthy beside it goes on (promise
     config     gateway.toml and the environment              agents     what agents do
     commands   words on a command line                       channels   what channels do
     pages      damaged files of a store                      hooks      what authorisation answers
-    rows       insane rows of a store
+    rows       insane rows of a store                        http       requests, bytes, frames
 
 A point is a door and a number, `pages:17`: one batch of inputs, decided by the seed, the door and
 the number, whatever else is run. Each batch runs in a process of its own kind beside others, which
@@ -32,6 +32,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from . import (
     _bad_code,
     _bad_commands,
+    _bad_http,
     _bad_lines,
     _bad_pages,
     _bad_rows,
@@ -42,8 +43,8 @@ from ._report import Campaign, Job
 
 CAMPAIGN: Final = Campaign(
     name="bad-input",
-    injects="bad input at every door: lines, names, texts, configurations, commands, agents,"
-    " channels, hooks, damaged files, insane rows",
+    injects="bad input at every door: lines, requests, frames, names, texts, configurations,"
+    " commands, agents, channels, hooks, damaged files, insane rows",
     short="bad input at every door",
     promises=(14, 1),
     counted="inputs",
@@ -88,6 +89,7 @@ DOORS: Final[Mapping[str, Door]] = {
     "agents": Door(_bad_code.agents, 200, 1, 20, 200),
     "texts": Door(_bad_words.texts, 250, 1, 24, 240),
     "channels": Door(_bad_code.channels, 250, 1, 20, 200),
+    "http": Door(_bad_http.http, 600, 1, 60, 600),
     "hooks": Door(_bad_code.hooks, 300, 1, 12, 120),
     "commands": Door(_bad_commands.commands, 150, 1, 10, 100),
     "names": Door(_bad_words.names, 400, 1, 30, 300),

@@ -48,7 +48,7 @@ FOLDER: Final = Path(__file__).resolve().with_suffix("")
 
 ORDER: Final = (
     "lives", "contract", "machine", "disk", "power", "kill-io", "kill-syscalls", "bad-input",
-    "resources", "soak", "systemd", "supervisors",
+    "resources", "soak", "door", "systemd", "supervisors",
 )  # fmt: skip
 """The campaigns in the order in which they are asked: the cheap ones first."""
 

@@ -400,6 +400,18 @@ async def test_who_comes_back_too_late_is_told_of_the_gap(tmp_path: Path) -> Non
         assert (gap.event, gap.data["from"]) == ("gap", 2)
 
 
+async def test_who_begins_at_the_beginning_is_told_of_no_gap(tmp_path: Path) -> None:
+    """Places are counted through the whole store: that a session's first one is not 1 says
+    nothing."""
+    async with open_door(tmp_path, echo) as door:
+        for session in ("ada", "bob"):
+            await door.post(session, "hello", headers={"prefer": "wait=10"})
+        async with events_of(door.client, "bob", 0) as events:
+            seen = await read_until(events, "settled")
+        assert [one.event for one in seen] == ["hello", "accepted", "begun", "reply", "settled"]
+        assert seen[1].id == 5
+
+
 # ----- the command
 
 

@@ -95,6 +95,8 @@ async def test_p14_a_bad_frame_costs_one_error(tmp_path: Path) -> None:
             for frame, kind in BAD_FRAMES.items():
                 socket.send(frame)
                 assert hear(socket, "error")["error"]["type"] == kind, frame
+            socket.send(b'{"type": "message", "session": "ada", "id": "m1", "text": "hi"}')
+            assert "frame of text" in hear(socket, "error")["error"]["message"]
             say(socket, type="message", session="ada", id="m1", text="hi")
             assert hear(socket, "ack")["status"] == "accepted"
 

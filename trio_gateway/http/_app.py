@@ -33,7 +33,20 @@ class _Action(Convertor[str]):
         return value
 
 
+class _Name(Convertor[str]):
+    """Whatever a session, a message or a model is called: slashes, and also line breaks."""
+
+    regex = "(?s:.*)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
 register_url_convertor("action", _Action())
+register_url_convertor("name", _Name())
 
 
 class App:
@@ -42,23 +55,23 @@ class App:
     def __init__(self, house: House, on_fault: Callable[[BaseException], None]) -> None:
         self._house = house
         self._on_fault = on_fault
-        self._router = Router(self._routes())
+        self._router = Router(self._routes(), redirect_slashes=False)
 
     def _routes(self) -> list[Route]:
-        at, session = self._at, "/v1/sessions/{key:path}"
+        at, session = self._at, "/v1/sessions/{key:name}"
         return [
             at("POST", f"{session}/messages", _messages.post_message),
             at("GET", f"{session}/messages", _look.get_messages),
             self._streaming("GET", f"{session}/events", _events.get_events),
             at("POST", f"{session}/stop", _look.post_stop),
             at("GET", "/v1/sessions", _look.get_sessions),
-            at("GET", "/v1/messages/{id:path}", _look.get_message),
+            at("GET", "/v1/messages/{id:name}", _look.get_message),
             at("GET", "/v1/quarantine", _look.get_quarantine),
             at("POST", "/v1/quarantine/{turn}/{what:action}", _look.post_quarantine),
             at("GET", "/v1/dead-letters", _look.get_dead_letters),
             at("POST", "/v1/dead-letters/{delivery}/{what:action}", _look.post_dead_letter),
             at("GET", "/v1/status", _look.get_status),
-            at("POST", "/hooks/{session:path}", _hooks.post_hook),
+            at("POST", "/hooks/{session:name}", _hooks.post_hook),
             *self._openai_routes(),
             at("GET", "/healthz", _look.get_healthz),
             at("GET", "/startupz", _look.get_startupz),
@@ -68,7 +81,7 @@ class App:
         ]
 
     def _page_routes(self) -> list[Route]:
-        at, session = self._at, "/sessions/{key:path}"
+        at, session = self._at, "/sessions/{key:name}"
         return [
             at("GET", "/", _page.get_overview),
             self._streaming("GET", "/live", _live.Overview().get),
@@ -78,7 +91,7 @@ class App:
             at("POST", f"{session}/messages", _page.post_message),
             at("POST", f"{session}/stop", _page.post_stop),
             at("GET", "/messages", _page.get_message),
-            at("GET", "/messages/{id:path}", _page.get_message),
+            at("GET", "/messages/{id:name}", _page.get_message),
             at("POST", "/quarantine/{turn}/{what:action}", _page.post_put_aside),
             at("POST", "/dead-letters/{delivery}/{what:action}", _page.post_letter),
             at("POST", "/pause", _page.post_pause),
@@ -93,7 +106,7 @@ class App:
         response = "/v1/responses/{id}"
         return [
             self._at("GET", "/v1/models", _openai.get_models),
-            self._at("GET", "/v1/models/{name:path}", _openai.get_model),
+            self._at("GET", "/v1/models/{name:name}", _openai.get_model),
             self._streaming("POST", "/v1/chat/completions", _openai.post_chat),
             self._streaming("POST", "/v1/responses", _openai.post_response),
             self._streaming("GET", response, _openai.get_response),

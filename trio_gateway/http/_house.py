@@ -57,7 +57,7 @@ class House:
     guard: Guard
     channel: str
     metrics: Metrics
-    hook_secret: bytes | None = None
+    hook_secret: bytes | None = attrs.field(default=None, repr=False)
     bells: Bells = attrs.field(factory=Bells)
     board: Board = attrs.field(factory=Board)
     closing: trio.Event = attrs.field(factory=trio.Event)
@@ -112,8 +112,8 @@ class House:
         return found if drafts else [entry for entry in found if entry.what != "draft"]
 
     async def span(self, session: SessionKey) -> tuple[int, int]:
-        """The oldest and the newest place in a session's journal. Raises `NotFound` for a session
-        that has none."""
+        """The oldest and the newest place in a session's journal, see `StoreReader.journal_span`.
+        Raises `NotFound` for a session that has none."""
         if session.channel != self.channel:
             raise NotFound(
                 f"session {session} has no journal, its channel delivers by itself; only sessions"

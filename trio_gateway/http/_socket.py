@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import orjson
 import trio
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
 from .._messages import Message, SessionKey
 from ._events import LARGEST, follow
@@ -67,15 +67,16 @@ class _Conversation:
     async def listen(self) -> None:
         """Take what comes, until the client goes."""
         while True:
-            try:
-                text = await self._socket.receive_text()
-            except (WebSocketDisconnect, KeyError):  # KeyError: a frame of bytes
+            message = await self._socket.receive()
+            if message["type"] == "websocket.disconnect":
                 return
-            await self._take(text)
+            await self._take(message.get("text"))
 
-    async def _take(self, text: str) -> None:
+    async def _take(self, text: str | None) -> None:
         fields: Mapping[str, Any] = {}
         try:
+            if text is None:
+                raise Problem(422, "invalid", "expected a frame of text, got one of bytes")
             fields = as_object(text.encode("utf-8", "replace"))
             await self._obey(dict(fields))
         except Exception as error:

@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
@@ -95,12 +96,40 @@ class _Wire:
         self.socket.close()
 
 
+class _Http1(H11Protocol):
+    """Hypercorn's own, which lets anybody change to HTTP/2, without a token: there, its times and
+    bounds are none, and a client that gives it no window keeps a connection for ever."""
+
+    async def _check_protocol(self, event: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+class _Context(WorkerContext):
+    """Hypercorn's own, in one connection: nobody sleeps until the next ping when it is over."""
+
+    def __init__(self, whole: WorkerContext) -> None:
+        super().__init__(None)
+        self.terminate = whole.terminate
+        self.terminated = whole.terminated
+        self.over = trio.Event()
+
+    async def sleep(self, wait: float) -> None:  # type: ignore[override]
+        with trio.move_on_after(wait):
+            await self.over.wait()
+
+
 class _Conversation(TCPServer):
     """Hypercorn's own, which would wait out an idle client's time after the client has gone, and
     which in a stop would close a connection that has just been made, on its first request."""
 
     async def _read_data(self) -> None:
+        one, context = self.protocol, _Context(self.context)
+        one.protocol = _Http1(
+            one.app, one.config, context, one.task_group, one.state, one.ssl, one.client,
+            one.server, one.send,
+        )  # fmt: skip
         await super()._read_data()
+        context.over.set()
         await self.idle_task.stop()
 
     async def _idle_timeout(self) -> None:

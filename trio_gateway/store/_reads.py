@@ -326,7 +326,8 @@ class StoreReader:
         )
 
     def journal_span(self, session: SessionKey) -> tuple[int, int]:
-        """The oldest and the newest place in a session's journal that are left; zeros for none."""
+        """The oldest place in a session's journal that is left, zero if all of it is; and the
+        newest, zero if there is none."""
         newest, oldest = self._all("journal_end", *attrs.astuple(session))[0]
         return oldest or 0, newest or 0
 

@@ -446,8 +446,13 @@ FROM message JOIN journal ON journal.message = message.seq
 WHERE message.channel = ? AND message.id = ? ORDER BY journal.seq;
 
 -- name: journal_end
--- The newest place in a session's journal, and the oldest that is left.
-SELECT max(journal.seq), min(journal.seq) FROM session JOIN journal ON journal.session = session.id
+-- The newest place in a session's journal, and the oldest that is left where some of it is not:
+-- numbers are the store's, so that a session's first one tells nothing.
+SELECT max(journal.seq),
+       iif(EXISTS (SELECT 1 FROM journal AS first WHERE first.what = 'accepted' AND first.message =
+                   (SELECT min(seq) FROM message WHERE message.session = session.id)),
+           0, min(journal.seq))
+FROM session JOIN journal ON journal.session = session.id
 WHERE session.channel = ? AND session.name = ?;
 
 -- name: messages_page
