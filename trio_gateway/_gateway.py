@@ -35,6 +35,7 @@ from contextlib import (
 )
 from datetime import timedelta
 from enum import Enum
+from functools import partial
 from typing import Any, Final, TypeAlias, TypeVar, cast, overload
 
 import attrs
@@ -144,7 +145,7 @@ class Gateway:
         authorize: Authorize | None,
         clock: Clock,
         tracer: Tracer,
-        store: Callable[[], AbstractAsyncContextManager[SqliteStore]],
+        store: Callable[..., AbstractAsyncContextManager[SqliteStore]],
         beside: Beside,
     ) -> None:
         self._agent = agent
@@ -523,7 +524,7 @@ class Gateway:
     async def _live_in_blocks(self) -> None:
         # One block a line, though one statement could open several: the nesting is the design.
         with trio.CancelScope(shield=True):
-            async with self._open_store() as self._store:
+            async with self._open_store(meter=self._note_commit) as self._store:
                 async with self._beside(self):
                     async with self._deliveries():
                         async with self._intake():
@@ -967,12 +968,6 @@ async def open_gateway(
     leaving.
     """
     clock = clock or SystemClock()
-
-    def opened_store() -> AbstractAsyncContextManager[SqliteStore]:
-        return open_store(
-            store, clock=clock, inline=inline_store, tap=tap or no_tap, meter=made._note_commit
-        )
-
     tracer = NO_TRACES if tracer_provider is None else _tracer_of(tracer_provider)
     made = Gateway(
         agent,
@@ -981,7 +976,7 @@ async def open_gateway(
         authorize,
         clock,
         tracer,
-        opened_store,
+        partial(open_store, store, clock=clock, inline=inline_store, tap=tap or no_tap),
         beside or _nothing_beside,
     )
     if listen is not None:
