@@ -131,7 +131,7 @@ async def think(topic: str) -> str:
 
 
 async def test_one_message_is_one_trace_from_accept_to_delivered(
-    machine: Machine, spans: Spans
+    machine: Machine, autojump_clock: MockClock, spans: Spans
 ) -> None:
     async def agent(turn: Turn) -> str:
         await turn.say("On it.")
@@ -163,7 +163,9 @@ async def test_one_message_is_one_trace_from_accept_to_delivered(
     assert all(span.status.is_ok or span.status.is_unset for span in spans.all)
 
 
-async def test_without_a_trace_a_message_begins_one(machine: Machine, spans: Spans) -> None:
+async def test_without_a_trace_a_message_begins_one(
+    machine: Machine, autojump_clock: MockClock, spans: Spans
+) -> None:
     async with boot(machine, spans, Script(open=True)) as (gateway, channel):
         await channel.receive("ada", "m1", "hi")
         await channel.receive("bob", "m2", "hi")
@@ -173,7 +175,9 @@ async def test_without_a_trace_a_message_begins_one(machine: Machine, spans: Spa
     assert all(span.parent is None for span in spans.of("accept"))
 
 
-async def test_the_time_in_line_is_a_span(machine: Machine, spans: Spans) -> None:
+async def test_the_time_in_line_is_a_span(
+    machine: Machine, autojump_clock: MockClock, spans: Spans
+) -> None:
     agent = Script()
     async with boot(machine, spans, agent) as (gateway, channel):
         await channel.receive("ada", "m1", "hi")
@@ -190,7 +194,7 @@ async def test_the_time_in_line_is_a_span(machine: Machine, spans: Spans) -> Non
 
 
 async def test_a_turn_of_several_messages_is_linked_to_their_traces(
-    machine: Machine, spans: Spans
+    machine: Machine, autojump_clock: MockClock, spans: Spans
 ) -> None:
     agent = Script()
     async with boot(machine, spans, agent, Settings(busy=Busy.COLLECT)) as (gateway, channel):
@@ -209,7 +213,7 @@ async def test_a_turn_of_several_messages_is_linked_to_their_traces(
 
 
 async def test_p05_a_turn_that_resumes_goes_on_in_its_trace(
-    machine: Machine, spans: Spans
+    machine: Machine, autojump_clock: MockClock, spans: Spans
 ) -> None:
     agent = Script()
     async with boot(machine, spans, agent) as (gateway, channel):
@@ -233,7 +237,7 @@ async def test_p05_a_turn_that_resumes_goes_on_in_its_trace(
 
 
 async def test_a_reply_that_waits_is_delivered_in_its_trace_after_the_boot(
-    machine: Machine, spans: Spans
+    machine: Machine, autojump_clock: MockClock, spans: Spans
 ) -> None:
     async def fail(delivery: Delivery) -> None:
         raise OSError("unplugged")
@@ -256,7 +260,9 @@ async def test_a_reply_that_waits_is_delivered_in_its_trace_after_the_boot(
     assert f"{trace_id(again):032x}" in (delivery.traceparent or "")
 
 
-async def test_a_step_that_is_remembered_says_so(machine: Machine, spans: Spans) -> None:
+async def test_a_step_that_is_remembered_says_so(
+    machine: Machine, autojump_clock: MockClock, spans: Spans
+) -> None:
     stay = True
 
     async def agent(turn: Turn) -> str:
@@ -318,7 +324,12 @@ async def _wait(gateway: Gateway, channel: MemoryChannel) -> None:
     ],
 )
 async def test_what_is_cancelled_says_why(
-    machine: Machine, spans: Spans, why: str, settings: Settings, act: Any
+    machine: Machine,
+    autojump_clock: MockClock,
+    spans: Spans,
+    why: str,
+    settings: Settings,
+    act: Any,
 ) -> None:
     async with boot(machine, spans, in_a_step, settings) as (gateway, channel):
         await channel.receive("ada", "m1", "hi")
@@ -333,7 +344,9 @@ async def test_what_is_cancelled_says_why(
         assert span.status.description == f"cancelled: {why}"
 
 
-async def test_a_restart_is_told_from_a_shutdown(machine: Machine, spans: Spans) -> None:
+async def test_a_restart_is_told_from_a_shutdown(
+    machine: Machine, autojump_clock: MockClock, spans: Spans
+) -> None:
     async def agent(turn: Turn) -> str:
         if turn.session.name == "restarts":
             turn.request_restart()
@@ -349,7 +362,9 @@ async def test_a_restart_is_told_from_a_shutdown(machine: Machine, spans: Spans)
     assert sorted(map(str, cancelled)) == ["None", "restart"]
 
 
-async def test_an_agents_own_deadline_is_the_agents(machine: Machine, spans: Spans) -> None:
+async def test_an_agents_own_deadline_is_the_agents(
+    machine: Machine, autojump_clock: MockClock, spans: Spans
+) -> None:
     async def agent(turn: Turn) -> str:
         with trio.move_on_after(3):
             await turn.step(forever)
@@ -363,7 +378,9 @@ async def test_an_agents_own_deadline_is_the_agents(machine: Machine, spans: Spa
     assert about(spans.one("turn"))["outcome"] == "completed"
 
 
-async def test_a_refused_message_has_a_span_that_says_so(machine: Machine, spans: Spans) -> None:
+async def test_a_refused_message_has_a_span_that_says_so(
+    machine: Machine, autojump_clock: MockClock, spans: Spans
+) -> None:
     async def nobody(message: Message) -> bool:
         return False
 
@@ -396,7 +413,7 @@ async def test_p14_a_trace_that_is_none_is_refused_by_name(
 
 
 async def test_nothing_that_was_said_or_named_is_in_a_span(
-    machine: Machine, spans: Spans
+    machine: Machine, autojump_clock: MockClock, spans: Spans
 ) -> None:
     async def agent(turn: Turn) -> str:
         await turn.say("secret-said")
@@ -448,7 +465,7 @@ async def test_an_agents_own_spans_nest_below_its_turn_and_its_steps(
 
 
 async def test_no_turn_is_in_the_context_of_the_one_before(
-    machine: Machine, spans: Spans
+    machine: Machine, autojump_clock: MockClock, spans: Spans
 ) -> None:
     """The turn that settles hands its slot on: the next one must not find its span current."""
     found: list[int] = []
@@ -484,9 +501,7 @@ async def test_untraced_nothing_is_done(tmp_path: Path) -> None:
 
 async def test_a_header_becomes_the_parent_and_one_that_is_none_is_none(tmp_path: Path) -> None:
     spans = Spans()
-    async with open_door(
-        tmp_path, Script(open=True), tracer_provider=spans.provider
-    ) as door:
+    async with open_door(tmp_path, Script(open=True), tracer_provider=spans.provider) as door:
         for n, given in enumerate((PARENT, "nonsense")):
             headers = {"traceparent": given, "prefer": "wait=10"}
             answer = await door.post(f"s{n}", "hi", headers=headers)
@@ -625,9 +640,7 @@ def test_a_stop_sends_what_there_is_and_says_why_a_turn_was_cut(
     memory_path: Path, collector: Collector
 ) -> None:
     """With batches that would not leave by themselves before the end."""
-    env = environ(
-        TRIO_GATEWAY_TRACES__ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY="60000"
-    )
+    env = environ(TRIO_GATEWAY_TRACES__ENDPOINT=collector.url, OTEL_BSP_SCHEDULE_DELAY="60000")
     with launch(memory_path, AGENT, env=env, grace=0.2) as gateway:
         gateway.send("ada", "m1", "hello")
         gateway.expect("progress", text="begun")
@@ -677,7 +690,7 @@ def test_p11_a_collector_that_never_answers_holds_nobody_up(memory_path: Path) -
             began = time.monotonic()
             assert gateway.stop() == 0
             # The library's own waits are 10 s for an export, and 30 s for the end.
-            assert time.monotonic() - began < 6
+            assert time.monotonic() - began < 9
 
 
 def test_a_collector_that_is_gone_is_told_once_in_the_log(memory_path: Path) -> None:
@@ -713,9 +726,7 @@ def test_a_collector_that_is_gone_is_told_once_in_the_log(memory_path: Path) -> 
         ),
     ],
 )
-def test_when_traces_are_on(
-    endpoint: str | None, variables: dict[str, str], wanted: bool
-) -> None:
+def test_when_traces_are_on(endpoint: str | None, variables: dict[str, str], wanted: bool) -> None:
     assert is_wanted(endpoint, variables) is wanted
 
 
