@@ -84,16 +84,29 @@ def about(span: ReadableSpan) -> dict[str, Any]:
     return {name.removeprefix("trio_gateway."): v for name, v in (span.attributes or {}).items()}
 
 
+def place(span: ReadableSpan) -> trace.SpanContext:
+    """Where it is."""
+    found: Any = span.get_span_context()
+    assert isinstance(found, trace.SpanContext)
+    return found
+
+
 def trace_id(span: ReadableSpan) -> int:
     """Which trace it is part of."""
-    return span.get_span_context().trace_id
+    return place(span).trace_id
+
+
+def span_id(span: ReadableSpan) -> int:
+    """Which span it is."""
+    return place(span).span_id
 
 
 def is_child(span: ReadableSpan, parent: ReadableSpan) -> bool:
     """Whether it hangs below the other one."""
-    return span.parent is not None and (
-        (span.parent.trace_id, span.parent.span_id)
-        == (parent.get_span_context().trace_id, parent.get_span_context().span_id)
+    above = span.parent
+    return above is not None and (above.trace_id, above.span_id) == (
+        trace_id(parent),
+        span_id(parent),
     )
 
 
@@ -187,10 +200,8 @@ async def test_the_time_in_line_is_a_span(
         agent.release()
         await gateway.wait_idle()
 
-    first, second = sorted(
-        (span.end_time or 0) - (span.start_time or 0) for span in spans.of("queue")
-    )
-    assert (first, second) == (0, pytest.approx(5e9, rel=0.01))
+    times = sorted((span.end_time or 0) - (span.start_time or 0) for span in spans.of("queue"))
+    assert times == pytest.approx([0, 5e9], rel=0.01)
 
 
 async def test_a_turn_of_several_messages_is_linked_to_their_traces(
@@ -205,10 +216,10 @@ async def test_a_turn_of_several_messages_is_linked_to_their_traces(
         await gateway.wait_idle()
 
     turn = next(span for span in spans.of("turn") if about(span)["messages"] == 2)
-    accepted = [span.get_span_context() for span in spans.of("accept")]
+    accepted = [span_id(span) for span in spans.of("accept")]
     assert turn.parent is not None
-    assert turn.parent.span_id == accepted[1].span_id
-    assert [link.context.span_id for link in turn.links] == [accepted[2].span_id]
+    assert turn.parent.span_id == accepted[1]
+    assert [link.context.span_id for link in turn.links] == [accepted[2]]
     assert len(spans.of("queue")) == 3
 
 

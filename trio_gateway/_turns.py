@@ -29,7 +29,6 @@ from collections.abc import (
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import copy_context
 from enum import Enum
-from functools import partial
 from typing import Any, Final, NoReturn, TypeVar, overload
 
 import attrs
@@ -255,7 +254,7 @@ class Turns:
         elif self._desk.sessions.door_open:
             self._open[turn.id] = child = self._child(session, turn)
             name = f"turn {turn.id} ({turn.session})"
-            self._context.run(partial(self._nursery.start_soon, self._live, child, name=name))
+            self._context.run(lambda: self._nursery.start_soon(self._live, child, name=name))
 
     def dispatch(self) -> None:
         """Begin turns for those in line, as far as there are slots."""
