@@ -438,7 +438,10 @@ class Turns:
                 self._say_interrupted(child)
                 self._ended(child)
             else:
-                child.span.note("outcome", end.state.value.lower())
+                if settled.applied:
+                    child.span.note("outcome", end.state.value.lower())
+                else:  # somebody else has ended it
+                    child.span.cancelled(_why_in_a_word(child, self._desk))
                 self._note_settled(child, end, settled)
                 self._hand_over(child, settled, heir)
         except BaseException as error:  # noqa: ASYNC103 - what is no Exception is re-raised
