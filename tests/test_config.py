@@ -89,6 +89,8 @@ def test_every_key_reaches_the_settings() -> None:
         [log]
         level = "debug"
         format = "json"
+        [traces]
+        endpoint = "http://localhost:4318"
         [channels.console]
         session = "ada"
         """
@@ -114,6 +116,7 @@ def test_every_key_reaches_the_settings() -> None:
     assert (settings.commands, settings.notices) == (False, False)
     log = config.sections.log
     assert (log.level, log.format) == (LogLevel.DEBUG, LogFormat.JSON)
+    assert config.sections.traces.endpoint == "http://localhost:4318"
     assert config.sections.channels.console is not None
     assert config.sections.channels.console.session == "ada"
     assert {shown.origin for shown in config.shown()} == {"gateway.toml"}
@@ -294,7 +297,7 @@ def test_p14_every_mistake_is_told_at_once() -> None:
         '"many" (TRIO_GATEWAY_RESUME__MAX_CRASHES)',
         'chat.notices: expected true or false, got "" (gateway.toml)',
         "typo: unknown key; known here: store, drain, limits, turns, resume, delivery, chat, log,"
-        " channels (gateway.toml)",
+        " traces, channels (gateway.toml)",
     ]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import apsw
+import attrs
 import pytest
 import trio
 import trio.lowlevel
@@ -59,6 +60,7 @@ from trio_gateway.store._sqlite import SCHEMA_VERSION, connect, open_read_only
 from trio_gateway.testing import Life, World, check_invariants, die, live
 
 PATIENCE = 10.0
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 @pytest.fixture
@@ -564,6 +566,84 @@ async def test_c52_an_older_schema_is_migrated_all_or_nothing(
     connect(path, SystemClock()).close()
     assert rows(path, "PRAGMA user_version") == [(SCHEMA_VERSION + 1,)]
     assert rows(path, "SELECT DISTINCT mood FROM turn") == [("fine",)]
+
+
+OLDER = {
+    2: """
+        ALTER TABLE message DROP COLUMN traceparent;
+        ALTER TABLE delivery DROP COLUMN traceparent;
+        PRAGMA user_version = 2;
+    """,
+    1: """
+        DROP TRIGGER journal_accepted;
+        DROP TRIGGER journal_settled;
+        DROP TRIGGER journal_begun;
+        DROP TRIGGER journal_interrupted;
+        DROP TRIGGER journal_reply;
+        DROP TABLE journal;
+        DROP TABLE pulled;
+        PRAGMA user_version = 1;
+    """,
+}
+"""What leads from a version back to the one before: what that release wrote."""
+
+
+@pytest.mark.parametrize("version", OLDER)
+async def test_c52_a_store_of_each_released_version_is_migrated(path: Path, version: int) -> None:
+    """Whole: what was open goes on, and the tables are those of a new store."""
+    async with opened(path) as store:
+        turn = await begin(store, "a", "m1")
+        done = await begin(store, "b", "m2")
+        await store.settle(end_of(done))
+    with closing(apsw.Connection(str(path))) as db:
+        for older in range(SCHEMA_VERSION - 1, version - 1, -1):
+            db.execute(OLDER[older])
+    assert rows(path, "PRAGMA user_version") == [(version,)]
+
+    traced = attrs.evolve(arrival("a", "m3").message, traceparent=TRACEPARENT)
+    async with open_store(path) as store:
+        recovered = await store.recover()
+        (pending,) = recovered.turns
+        resumed = await store.resume(pending)
+        assert resumed is not None
+        assert (resumed.id, resumed.messages) == (turn.id, turn.messages)
+        assert [delivery.text for delivery in recovered.deliveries] == ["done"]
+        await store.accept([Arrival(traced, traced.key)])
+        settled = await store.settle(
+            attrs.evolve(end_of(resumed), next=Begin(resumed.session, resumed.session_id, False))
+        )
+        assert settled.next is not None
+        assert settled.next.turn is not None
+        assert settled.next.turn.messages == (traced,)
+    assert rows(path, "PRAGMA user_version") == [(SCHEMA_VERSION,)]
+    await make(path.with_name("new.db"))
+    columns = (
+        'SELECT made.name, field.name, field.type, field."notnull" FROM sqlite_schema AS made'
+        " JOIN pragma_table_info(made.name) AS field WHERE made.type = 'table' ORDER BY 1, 2"
+    )
+    assert rows(path, columns) == rows(path.with_name("new.db"), columns)
+
+
+async def test_a_trace_that_cannot_be_read_loses_nothing(path: Path) -> None:
+    """It is no reason to lose a message, nor a reply."""
+    message = attrs.evolve(arrival("a", "m1").message, traceparent=TRACEPARENT)
+    async with opened(path) as store:
+        (admitted,) = await store.accept([Arrival(message, message.key, begin=True)])
+        assert admitted.turn is not None
+        reply = NewReply(1, ReplyKind.SAY, ("said",), False, ("m1",), traceparent=TRACEPARENT)
+        said = await store.say(1, 1, admitted.turn.session, admitted.session_id, reply)
+        assert said is not None
+        assert said.deliveries[0].traceparent == TRACEPARENT
+    with closing(apsw.Connection(str(path))) as db:
+        db.execute("UPDATE message SET traceparent = CAST(x'ff00ff' AS TEXT)")
+        db.execute("UPDATE delivery SET traceparent = 'nonsense'")
+    async with open_store(path) as store:
+        recovered = await store.recover()
+        assert [one.traceparent for one in recovered.deliveries] == [None]
+        turn = await store.resume(recovered.turns[0])
+
+    assert turn is not None
+    assert turn.messages == (attrs.evolve(message, traceparent=None),)
 
 
 # ----- damage

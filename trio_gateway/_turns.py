@@ -29,7 +29,6 @@ from collections.abc import (
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import copy_context
 from enum import Enum
-from functools import partial
 from typing import Any, Final, NoReturn, TypeVar, overload
 
 import attrs
@@ -263,7 +262,7 @@ class Turns:
         elif self._desk.sessions.door_open:
             self._open[turn.id] = child = self._child(session, turn)
             name = f"turn {turn.id} ({turn.session})"
-            self._context.run(partial(self._nursery.start_soon, self._live, child, name=name))
+            self._context.run(lambda: self._nursery.start_soon(self._live, child, name=name))
 
     def dispatch(self) -> None:
         """Begin turns for those in line, as far as there are slots."""
@@ -447,7 +446,10 @@ class Turns:
                 self._say_interrupted(child)
                 self._ended(child)
             else:
-                child.span.note("outcome", end.state.value.lower())
+                if settled.applied:
+                    child.span.note("outcome", end.state.value.lower())
+                else:  # somebody else has ended it
+                    child.span.cancelled(_why_in_a_word(child, self._desk))
                 self._note_settled(child, end, settled)
                 self._hand_over(child, settled, heir)
         except BaseException as error:  # noqa: ASYNC103 - what is no Exception is re-raised

@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC
 from typing import Final, TypeAlias
 
+import attrs
 import trio
 
 from .. import (
@@ -594,6 +595,30 @@ async def check_forget(open_store: OpenStore) -> None:
         rule(await store.messages_of(pending) == (_message("b", "m2"),), "with its text", pending)
 
 
+async def check_a_message_keeps_its_trace(open_store: OpenStore) -> None:
+    """The trace of a message is kept with it, and that of a reply with the delivery: both are there
+    after a crash. When each message was accepted is told with its turn."""
+    parent = f"00-{'1' * 32}-{'2' * 16}-01"
+    traced = attrs.evolve(_message("a", "m1"), traceparent=parent)
+    async with _boot(open_store, "trace") as (store, _):
+        (admitted,) = await store.accept([Arrival(traced, traced.key)])
+        begun = await store.begin(Begin(traced.key, admitted.session_id, False))
+        rule(begun.turn is not None, "what waits can begin", begun)
+        assert begun.turn is not None
+        rule(begun.turn.messages == (traced,), "a message waits with its trace", begun)
+        at = begun.turn.accepted_at
+        rule(len(at) == 1 and 0 < at[0] <= begun.turn.began_at, "it was accepted before", begun)
+        reply = attrs.evolve(_reply("said", "m1", n=1, final=False), traceparent=parent)
+        turn = begun.turn
+        said = await store.say(turn.id, 1, turn.session, turn.session_id, reply)
+        rule(said is not None and said.deliveries[0].traceparent == parent, "a reply, too", said)
+    async with _boot(open_store, "trace") as (store, recovered):
+        rule(recovered.deliveries[0].traceparent == parent, "also after a crash", recovered)
+        resumed = await store.resume(recovered.turns[0])
+        rule(resumed is not None and resumed.messages == (traced,), "and the message", resumed)
+        rule(resumed is not None and resumed.accepted_at == at, "accepted when it was", resumed)
+
+
 # ----- the rules of all verbs
 
 
@@ -665,6 +690,7 @@ STORE_CHECKS: Final[tuple[Check[OpenStore], ...]] = tuple(
         check_cursor_moves_with_its_messages,
         check_interrupt_stops_and_requeues,
         check_begin,
+        check_a_message_keeps_its_trace,
         check_settle_is_one_change,
         check_settle_asked_twice,
         check_each_end,
