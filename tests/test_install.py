@@ -473,6 +473,57 @@ def test_p05_a_real_systemd_runs_the_unit_and_its_watchdog_works(
             Path(f"/var/lib/{name}").unlink(missing_ok=True)
 
 
+def test_p05_a_service_of_a_real_systemd_is_asked_reloaded_and_restarted(
+    install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From outside of its sandbox, as root, over the socket beside its store."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "bot.py").write_text(BOT)
+    (tmp_path / "gateway.toml").write_text("[channels.jsonl]\n")
+    name = f"trio-gateway-test-control-{os.getpid()}"
+    unit = install("bot.py:agent", "--name", name, "--print")
+    log = tmp_path / "log.txt"
+    with real_systemd(tmp_path) as systemd, closing(Talk(tmp_path)) as talk:
+        systemd.write_unit(f"{name}.service", unit)
+        systemd.write_unit(f"{name}.service.d/test.conf", in_this_place(tmp_path, talk))
+        state = Path(f"/var/lib/private/{name}")
+        store = ["--store", str(state / "gateway.db")]
+        try:
+            systemd.ctl("start", name)
+            assert main(["status", "--json", *store]) == 0
+            told = json.loads(capsys.readouterr().out)
+            assert (told["supervisor"], told["state"]) == ("systemd", "serving")
+            text = '[channels.jsonl]\n[limits]\nmessage_bytes = 4\n[log]\nlevel = "debug"\n'
+            (tmp_path / "gateway.toml").write_text(text)
+            systemd.ctl("reload", name)
+            wait_for_text(log, '"reloaded"')
+            assert systemd.show(name, "ActiveState")["ActiveState"] == "active"
+            assert main(["reload", *store]) == 0
+            assert "nothing has changed" in capsys.readouterr().out
+            assert main(["restart", *store]) == 0
+            assert "serves, epoch 2" in capsys.readouterr().out
+            assert int(systemd.show(name, "NRestarts")["NRestarts"]) == 1
+            assert main(["stop", *store]) == 0
+            told = systemd.show(name, "Result", "ActiveState")
+            assert (told["Result"], told["ActiveState"]) == ("success", "inactive")
+        except AssertionError as error:
+            error.add_note(systemd.console[-2000:])
+            error.add_note(log.read_text()[-2000:] if log.exists() else "no log")
+            raise
+        finally:
+            systemd.die()
+            shutil.rmtree(state, ignore_errors=True)
+            Path(f"/var/lib/{name}").unlink(missing_ok=True)
+
+
+def wait_for_text(file: Path, text: str) -> None:
+    """Wait until a file has this text."""
+    deadline = time.monotonic() + PATIENCE
+    while not file.exists() or text not in file.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 SERVES = """
 import os, socket
 from trio_gateway._activation import listen_fds

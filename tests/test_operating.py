@@ -248,7 +248,7 @@ def test_p12_it_answers_during_the_whole_drain(memory_path: Path, operator: Oper
         assert {(row["marker"], row["reason"]) for row in rows} == {("RESUME_PENDING", "shutdown")}
         process.send("eve", "m3", "hello")  # the door to the inbox stays open
         operator.wait_for(lambda told: told["stored"]["waiting"] == 1)
-        assert "shutdown, asked for by SIGTERM; 2 turns marked" in operator("status")
+        assert "draining (shutdown): 2 turns marked, 0 settled; at most " in operator("status")
         operator("drain", code=1)
         assert "stops already: no turn begins any more" in operator.err
         operator("undrain", code=1)
@@ -550,4 +550,4 @@ def test_stretches_of_time_are_told_in_two_units(seconds: float, told: str) -> N
 def test_a_stop_that_has_not_marked_yet_is_told_all_the_same() -> None:
     stop = {"reason": "shutdown", "by": "SIGTERM", "marked": None, "left": 3.0}
     told = state_line({"state": "draining", "stop": stop, "paused": False})
-    assert told == "draining: shutdown, asked for by SIGTERM; at most 3s left"
+    assert told == "draining (shutdown): at most 3s left; by SIGTERM"

@@ -182,7 +182,7 @@ def restart(
     with asked(store, config) as control:
         told = control.ask("status")
         supervisor = told["supervisor"]
-        doubt = _doubt(supervisor, int(told["pid"]))
+        doubt = _doubt(supervisor, control.peer.pid or int(told["pid"]))
         if doubt is not None and not anyway:
             raise ControlError(doubt)
         pid = _stop(control, path, now=now, restart=True)
@@ -223,14 +223,14 @@ def _doubt_of(unit: Unit) -> str | None:
 
 
 def _stop(control: Control, path: Path, *, now: bool, restart: bool) -> int:
-    """Ask for the stop and wait for the end; the number of the process."""
-    pid = control.peer.pid
-    process = Process(pid, path)
+    """Ask for the stop and wait for the end; the number that the process gives itself, which is
+    another one than ours for it where it is in a container."""
+    process = Process(control.peer.pid, path)
     screen = _views.Screen()
     try:
         told = control.ask("stop", now=now, restart=restart)
-        pid = int(told["pid"])
-        screen.line(_stopping(told, now=now))
+        pid = control.peer.pid or int(told["pid"])
+        screen.line(_stopping(pid, told, now=now))
         patience = float(told["budget_left"]) + SPARE
         if not process.wait_gone(patience):
             raise ControlError(
@@ -240,15 +240,15 @@ def _stop(control: Control, path: Path, *, now: bool, restart: bool) -> int:
         screen.line(f"process {pid} has stopped")
     finally:
         process.close()
-    return pid
+    return int(told["pid"])
 
 
-def _stopping(told: dict[str, Any], *, now: bool) -> str:
+def _stopping(pid: int, told: dict[str, Any], *, now: bool) -> str:
     turns = int(told["turns"])
     grace = "no more time" if now else f"up to {views.duration(told['grace'])}"
     which = f"{turns} open turns get {grace}" if turns else "no turn is open"
     again = " (it was stopping already)" if told["already"] else ""
-    return f"stopping process {told['pid']}{again}: {which}"
+    return f"stopping process {pid}{again}: {which}"
 
 
 # ----- changing

@@ -51,10 +51,10 @@ def state_line(told: Told) -> str:
     """What goes on, in one line."""
     stop = told.get("stop")
     if stop is not None:
-        left = f"at most {duration(stop['left'])} left"
-        return f"{told['state']}: {stop['reason']}, asked for by {stop['by']}; {_fates(stop)}{left}"
+        left = f"at most {span(stop['left'])} left"
+        return f"{told['state']} ({stop['reason']}): {_fates(stop)}{left}; by {cell(stop['by'])}"
     if told.get("paused"):
-        return f"{told['state']}, paused by {told.get('paused_by') or 'somebody'}"
+        return f"{told['state']}, paused by {cell(told.get('paused_by') or 'somebody')}"
     return str(told["state"])
 
 
@@ -63,7 +63,7 @@ def _fates(stop: Told) -> str:
         return ""
     told = f"{stop['marked']} turns marked, {stop['settled']} settled"
     more = f", {stop['interrupted']} to resume" if stop["interrupted"] else ""
-    return f"{told}{more}, "
+    return f"{told}{more}; "
 
 
 def status_facts(told: Told) -> Iterator[tuple[str, object]]:

@@ -145,8 +145,7 @@ class Requests:
         starts = gateway.state.value is GatewayState.STARTING
         if starts and request.do not in ("status", "overview", "turns", "stop"):
             raise GatewayStopping("the gateway is only starting; ask again in a moment")
-        by = f"trio-gateway {request.do} (process {peer.pid} of user {peer.uid})"
-        return await self._verbs[request.do](gateway, request, by)
+        return await self._verbs[request.do](gateway, request, _who(request, peer))
 
     def close(self) -> None:
         """The gateway has stopped: who follows is told the rest, and that it is the end."""
@@ -309,6 +308,14 @@ class Requests:
         if not await gateway.drop_dead_letter(delivery):
             raise NotFound(f"no dead letter {delivery}; see trio-gateway dead-letters list")
         return DONE
+
+
+def _who(request: Request, peer: Peer) -> str:
+    """Who asks, in words for the log and for whoever looks; a process of another container has no
+    number here."""
+    command = "restart" if request.flag("restart") else request.do
+    process = f"process {peer.pid} of " if peer.pid else ""
+    return f"trio-gateway {command} ({process}user {peer.uid})"
 
 
 async def _not_ready(gateway: Gateway) -> list[str]:

@@ -140,8 +140,8 @@ def _head(told: Told) -> RenderableType:
     stored = told["stored"]
     counts = Text(
         f"turns {stored['running']} running, {stored['resume_pending']} to resume"
-        f"   messages {stored['waiting']} waiting   replies {stored['undelivered']} on their way"
-        f"   aside {stored['quarantined']} turns, {stored['dead_letters']} letters"
+        f"  messages {stored['waiting']} waiting  replies {stored['undelivered']} on their way"
+        f"  aside {stored['quarantined']}+{stored['dead_letters']}"
     )
     lines: list[RenderableType] = [line, state, counts]
     if "gone" in told:
