@@ -13,6 +13,7 @@ import ast
 import importlib
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -166,7 +167,10 @@ def _blocks(lines: Sequence[str]) -> Iterator[list[str]]:
 def _told(block: list[str], linked: Any) -> list[str]:
     """One paragraph."""
     if all(line.startswith("  ") for line in block):
-        return ["::", "", *block, ""]
+        flat = textwrap.dedent("\n".join(block)).splitlines()
+        if ENTRY.fullmatch(flat[0]) is None:
+            return ["::", "", *block, ""]
+        block = flat
     text: list[str] = []
     for line in block:
         entry = ENTRY.fullmatch(line)
