@@ -46,7 +46,7 @@ def typed(command: str, where: Path) -> str:
         env=inherited | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"},
         capture_output=True,
         text=True,
-        timeout=PATIENCE,
+        timeout=2 * PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -115,6 +115,7 @@ def test_p05_the_tutorial_up_to_the_kill_and_after_it(tmp_path: Path) -> None:
         follow(transcript, tmp_path)
 
 
+@pytest.mark.timeout(5 * PATIENCE)  # a whole pytest, twice
 def test_the_tutorials_tests_pass_and_have_teeth(tmp_path: Path) -> None:
     (tmp_path / "bot.py").write_text(SLOW_BOT)
     (tmp_path / "shop.py").write_text(SHOP)
