@@ -45,7 +45,7 @@ def told() -> set[str]:
         for kind, name in re.findall(r"^\.\. ([\w-]+):: (\S+)$", page.read_text(), re.M):
             if kind == "currentmodule":
                 module = name
-            elif kind.startswith("auto"):
+            elif kind.startswith("auto") and kind != "automodule":
                 found.add(f"{module}.{name}")
     return found
 
@@ -59,7 +59,7 @@ def test_every_public_name_is_in_the_reference(module: str) -> None:
 
 
 def test_the_reference_tells_of_nothing_that_is_not_there() -> None:
-    for full in told() - {"trio_gateway.trio_gateway._events"}:
+    for full in told():
         module, _, name = full.rpartition(".")
         assert hasattr(importlib.import_module(module), name), full
 

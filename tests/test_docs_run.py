@@ -3,6 +3,7 @@ loopback. A page that gets another listing fails here, until that is run, too.""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,15 @@ import pytest
 import trio
 from doors import TOKEN, open_door
 from test_openai_agent import Server, calls, needs_llmock, serving
-from test_readme import ROOT, blocks, environment
+from test_readme import (
+    ROOT,
+    assert_in_order,
+    blocks,
+    environment,
+    shown,
+    terminal,
+    wait_delivered,
+)
 
 from trio_gateway import Message, Settings, Turn, open_gateway
 from trio_gateway._policy import Busy
@@ -84,6 +93,28 @@ STEER = Settings(busy=Busy.STEER)
 
 def test_the_clerk_asks_the_boss_and_waits_until_monday(tmp_path: Path) -> None:
     assert "1 passed" in verdict_on(tmp_path, test_clerk=CLERK + MONDAY)
+
+
+def test_the_transcript_of_the_question_is_what_happens(tmp_path: Path) -> None:
+    (transcript,) = blocks("console", (ROOT / "docs/approval.md").read_text())
+    before, after = re.split(r"^.*\bKilled\n", transcript, flags=re.M)
+    order, past, answer = re.findall(r"^> (.*)$", before + after, re.M)
+    assert past == order
+    (tmp_path / "bot.py").write_text((EXAMPLES / "approval.py").read_text())
+    with terminal(tmp_path) as first:
+        first.wait_for("> ")
+        first.type(f"{order}\n")
+        first.wait_for(shown(before)[-1])
+        wait_delivered(tmp_path / "gateway.db")
+        first.kill()
+
+    with terminal(tmp_path) as second:
+        second.wait_for(shown(after)[0])
+        second.type(f"{answer}\n")
+        second.wait_for(shown(after)[-1])
+        second.type("\x04")
+        assert second.wait_end() == 0
+        assert_in_order(shown(after), second.screen)
 
 
 async def test_an_agent_that_waits_in_its_turn_leaves_it_to_the_next_boot(

@@ -32,6 +32,8 @@ WHOLE: Final = {"ARCHITECTURE.md": "architecture", "CHANGELOG.md": "changelog",
 LANGUAGES: Final = {".py": "python", ".sh": "sh", ".yaml": "yaml", "": "docker"}
 LINK: Final = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
+TERM: Final = re.compile(r"\[([^\]]+)\]\((?:[\w./]*/)?glossary\.md#term-([\w-]+)\)")
+
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Copy before anything is read; mend links while it is read."""
@@ -81,7 +83,12 @@ def led_home(text: str, folder: Path) -> str:
         page = _home_of((folder / found[1]).resolve())
         return found[0] if page is None else f"](/{page}{found[2] or ''})"
 
-    return LINK.sub(mended, text)
+    return LINK.sub(mended, TERM.sub(_as_term, text))
+
+
+def _as_term(found: re.Match[str]) -> str:
+    """What leads to a word of the glossary, as what Sphinx checks: there is such a word."""
+    return f"{{term}}`{found[1]} <{found[2].replace('-', ' ')}>`"
 
 
 def _home_of(target: Path) -> str | None:
@@ -124,7 +131,8 @@ def _summary(file: Path) -> str:
     text = file.read_text()
     if file.suffix == ".py":
         return text.split('"""')[1].partition("\n")[0]
-    return next(line.lstrip("# ") for line in text.splitlines()[1:] if line.startswith("# "))
+    said = " ".join(line.lstrip("# ") for line in text.splitlines()[1:] if line.startswith("# "))
+    return f"{said.partition('. ')[0]}."
 
 
 def _listing(file: Path) -> str:

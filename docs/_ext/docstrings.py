@@ -13,6 +13,7 @@ import ast
 import importlib
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,17 +37,16 @@ MODULES: Final = (
 )
 """The front doors: what their `__all__` names is public, and is told about under the first one."""
 
-NOT_CALLED: Final = frozenset(
-    {
-        "trio_gateway.Gateway",
-        "trio_gateway.Question",
-        "trio_gateway.Turn",
-        "trio_gateway.store.Ledger",
-        "trio_gateway.store.SqliteStore",
-        "trio_gateway.store.StoreReader",
-    }
+NOT_CALLED: Final = (
+    "trio_gateway._events.",
+    "trio_gateway.Gateway",
+    "trio_gateway.Question",
+    "trio_gateway.Turn",
+    "trio_gateway.store.Ledger",
+    "trio_gateway.store.SqliteStore",
+    "trio_gateway.store.StoreReader",
 )
-"""Classes whose objects come from elsewhere."""
+"""Classes whose objects come from elsewhere. (Of those that begin so, none is called.)"""
 
 YIELDS: Final = re.compile(r"~?[\w.]*Generator\[(.+?)(?:, None)+\]")
 CODE: Final = re.compile(r"(?<!`)`([^`]+)`(?!`)")
@@ -147,7 +147,8 @@ def _as_it_is_used(
 ) -> tuple[str, str | None] | None:
     """Protocols, and classes whose objects are made by what their docstring names, are not called:
     their arguments are nobody's business. And a block is given what its function yields."""
-    if what == "class" and (name in NOT_CALLED or getattr(thing, "_is_protocol", False)):
+    protocol = getattr(thing, "_is_protocol", False)
+    if what == "class" and (name.startswith(NOT_CALLED) or protocol):
         return "", None
     yields = YIELDS.fullmatch(ret or "") if hasattr(thing, "__wrapped__") else None
     return None if yields is None else (sig, yields[1])
@@ -166,7 +167,10 @@ def _blocks(lines: Sequence[str]) -> Iterator[list[str]]:
 def _told(block: list[str], linked: Any) -> list[str]:
     """One paragraph."""
     if all(line.startswith("  ") for line in block):
-        return ["::", "", *block, ""]
+        flat = textwrap.dedent("\n".join(block)).splitlines()
+        if ENTRY.fullmatch(flat[0]) is None:
+            return ["::", "", *block, ""]
+        block = flat
     text: list[str] = []
     for line in block:
         entry = ENTRY.fullmatch(line)
