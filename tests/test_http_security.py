@@ -296,6 +296,22 @@ async def test_a_name_is_a_name_and_nothing_else(tmp_path: Path, name: str) -> N
     }  # fmt: skip
 
 
+async def test_p14_an_error_is_short_whatever_it_is_about(tmp_path: Path) -> None:
+    async with open_door(tmp_path, echo) as door:
+        fields = {"\xe9" * 5000 + str(n): "\xe9" * 5000 for n in range(20)}
+        answer = await door.client.post("/v1/sessions/ada/messages", json=fields)
+        assert error_of(answer) == (422, "invalid")
+        assert len(answer.text) < 1000
+
+
+async def test_p14_no_request_is_sent_elsewhere(tmp_path: Path) -> None:
+    """A slash too many is nothing that there is, and no redirect to whatever Host was named."""
+    async with open_door(tmp_path, echo) as door:
+        for path in ("/v1/status/", "/v1/responses/", "/healthz/", "/v1/chat/completions/"):
+            answer = await door.client.get(path)
+            assert answer.status_code == 404, path
+
+
 # ----- what is said
 
 

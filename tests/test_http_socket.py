@@ -135,7 +135,7 @@ async def test_a_stop_closes_with_1012_when_all_is_told(tmp_path: Path) -> None:
     assert kinds[-2:] == ["reply", "settled"]
 
 
-async def test_who_comes_back_too_late_is_told_of_the_gap(tmp_path: Path) -> None:
+async def test_who_comes_back_too_late_is_told_of_the_gap_here_too(tmp_path: Path) -> None:
     def talk(url: str) -> dict[str, Any]:
         with connected(url) as socket:
             say(socket, type="hello", session="ada", last=1)
