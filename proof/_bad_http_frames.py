@@ -15,7 +15,7 @@ from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
 from ._bad_http_inputs import TOKEN
 from ._bad_lives import Batch
-from ._inputs import as_line, broken, drawn, endless, json_value, odd_fields
+from ._inputs import as_line, as_table, broken, drawn, endless, json_value, odd_fields
 
 PATIENCE: Final = 60.0
 ANSWERS: Final = ("ack", "error", "welcome")
@@ -38,12 +38,13 @@ async def frames(batch: Batch, address: tuple[str, int]) -> None:
 
 
 def _text_of(fields: Any, dice: random.Random) -> str:
-    if isinstance(fields, dict):
+    table = as_table(fields)
+    if table is not None:
         kind = dice.choice(("message", "message", "hello", "hello", "bye", None))
-        fields = {"type": kind, **fields}
+        fields = {"type": kind, **table}
         if kind == "hello" and dice.random() < 0.7:
             last = dice.choice((0, None, -1, True, "0", 10**30))
-            fields = {"type": kind, "session": fields.get("session", "ada"), "last": last}
+            fields = {"type": kind, "session": table.get("session", "ada"), "last": last}
     data = as_line(fields, dice)
     if dice.random() < 0.2:
         data = broken(data, dice)

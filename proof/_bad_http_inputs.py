@@ -228,14 +228,12 @@ class Drawer:
         """An event stream from an odd place on."""
         name = self._part(self._name())
         place = self.dice.choice(("0", "1", "-1", "9" * 18, "9" * 40, "x", "1.5", "", "\xb2"))
-        headers = ((b"last-event-id", place.encode("latin-1")),)
+        headers: tuple[tuple[bytes, bytes], ...] = ((b"last-event-id", place.encode("latin-1")),)
         target = b"/v1/sessions/" + name + b"/events"
         if self.dice.random() < 0.3:
             headers, target = (), target + b"?after=" + self._part(next(self._texts))
         data = Head("GET", target, headers).with_body(b"")
-        return Sending(
-            "events", data, frozenset({200, 400, 404, 414, 422, 431}), stream=True
-        )
+        return Sending("events", data, frozenset({200, 400, 404, 414, 422, 431}), stream=True)
 
     def page(self) -> Sending:
         """What a browser that is not quite itself asks of the page."""

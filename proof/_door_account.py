@@ -119,7 +119,7 @@ class Account:
     # ----- what came in
 
     def _kept(self) -> None:
-        lost = [id for id, sent in self.town.sent.items() if id not in self.messages]
+        lost = [id for id in self.town.sent if id not in self.messages]
         assert not lost, f"acknowledged, and lost: {[(id, self.town.sent[id]) for id in lost[:3]]}"
         unasked = self.messages.keys() - self.town.sent.keys()
         assert not unasked, f"nobody sent: {sorted(unasked)[:5]}"
@@ -148,7 +148,8 @@ class Account:
             assert len(finals) == 1, story
             assert said[-1][1], story
             if row.state == "failed":
-                assert row.text.startswith("fails") and finals[0].startswith(SORRY), story
+                assert row.text.startswith("fails"), story
+                assert finals[0].startswith(SORRY), story
             else:
                 assert row.state == "answered", story
                 assert finals[0].startswith((f"re: {row.text}", f"in doubt: {row.text}")), story
@@ -253,7 +254,7 @@ def _added_up(stream: Streamed) -> list[str | None]:
     texts: dict[int, str] = defaultdict(str)
     last: dict[int, str] = {}
     for event in stream.events:
-        index = event.get("output_index")
+        index = int(event.get("output_index", -1))
         if event["type"] == "response.output_text.delta":
             texts[index] += event["delta"]
         elif event["type"] == "response.output_text.done":

@@ -75,7 +75,7 @@ class Follower:
                 await self.town.wait_a_moment()
 
     async def _follow(self) -> None:
-        target, headers = f"/v1/sessions/{self.session}/events", {}
+        target, headers = f"/v1/sessions/{self.session}/events", dict[str, str]()
         if self.log.last and self.town.dice.random() < 0.7:
             headers["last-event-id"] = str(self.log.last)
         else:

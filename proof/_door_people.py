@@ -142,10 +142,15 @@ class Town:
         self.just_sent.set()
         self.just_sent = trio.Event()
 
+    @property
+    def too_many(self) -> bool:
+        """Whether so much waits for an answer that nobody writes more."""
+        return self.acknowledged - len(self.settled) > OPEN_AT_ONCE
+
     async def think(self) -> bool:
         """A pause before something new. False: there is nothing new any more."""
         await trio.sleep(self.dice.random() * LULL)
-        while self.acknowledged - len(self.settled) > OPEN_AT_ONCE and not self.closing_time:
+        while self.too_many and not self.closing_time:  # noqa: ASYNC110 - whoever hears of it
             await trio.sleep(LULL)
         return not self.closing_time
 

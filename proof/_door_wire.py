@@ -11,7 +11,8 @@ nobody knows what became of the request. Every wait has an end.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeAlias
 
@@ -167,7 +168,8 @@ class Wire:
         request = h11.Request(method=method, target=target, headers=list(given.items()))
         parts: tuple[Any, ...] = (request, h11.Data(data=body), h11.EndOfMessage())
         try:
-            sent = b"".join(self._http.send(part) or b"" for part in parts)
+            pieces: list[bytes] = [self._http.send(part) or b"" for part in parts]
+            sent = b"".join(pieces)
             await self._stream.send_all(sent)
         except (h11.LocalProtocolError, trio.BrokenResourceError, OSError) as error:
             raise Gone(f"it takes no request: {error}") from None
@@ -236,6 +238,7 @@ class Socket:
         self._stream = stream
         self._wire = WSConnection(ConnectionType.CLIENT)
         self._lock = trio.Lock()
+        self._heard: deque[ws.Event] = deque()
         self._text = ""
         self.code: int | None = None
 
@@ -243,11 +246,9 @@ class Socket:
         """Become a WebSocket. Raises `Gone`."""
         head = [(b"authorization", b"Bearer " + token.encode())]
         await self._send(ws.Request(host="localhost", target="/v1/ws", extra_headers=head))
-        async for event in self._events():
-            if isinstance(event, ws.AcceptConnection):
-                return
+        event = await self._next()
+        if not isinstance(event, ws.AcceptConnection):
             raise Gone(f"no WebSocket: {event}")
-        raise Gone("no WebSocket")
 
     async def say(self, **fields: Any) -> None:
         """Send one object. Raises `Gone`."""
@@ -255,7 +256,8 @@ class Socket:
 
     async def hear(self) -> AsyncGenerator[dict[str, Any], None]:
         """What comes, until the other side closes in order. Raises `Gone` if it does otherwise."""
-        async for event in self._events():
+        while True:
+            event = await self._next()
             if isinstance(event, ws.TextMessage):
                 self._text += event.data
                 if event.message_finished:
@@ -274,16 +276,16 @@ class Socket:
         except (LocalProtocolError, trio.BrokenResourceError, OSError) as error:
             raise Gone(f"it takes nothing: {error}") from None
 
-    async def _events(self) -> AsyncIterator[ws.Event]:
+    async def _next(self) -> ws.Event:
         """Pings come every 20 s, so that silence for `PATIENCE` is the end."""
-        while True:
-            for event in self._wire.events():
-                yield event
+        while not self._heard:
             try:
                 with trio.fail_after(PATIENCE):
                     data = await self._stream.receive_some()
                 if not data:
                     raise Gone("closed without a word")
                 self._wire.receive_data(bytes(data))
+                self._heard.extend(self._wire.events())
             except (RemoteProtocolError, trio.BrokenResourceError, OSError) as error:
                 raise Gone(f"in the middle: {error}") from None
+        return self._heard.popleft()

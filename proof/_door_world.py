@@ -23,10 +23,13 @@ from typing import Final
 import attrs
 import trio
 
+from trio_gateway._errors import unwrap
+
 from ._door_agent import AGENT, CHILD
 from ._door_people import Town
 from ._door_wire import Gone, connected
 from ._platform import PATIENCE, environment, furnish, rows
+from ._process import told
 from ._sweeps import same_gateway
 
 TOKEN: Final = "token-of-the-door-0123456789abcdef"
@@ -58,8 +61,8 @@ STOP_AT_MOST: Final = 3.0 + 5.0
 """Seconds: the budget, and what a machine in company may add."""
 
 COMMAND: Final = (sys.executable, "-m", "trio_gateway", "run", "agent.py:agent")
-ACTIVATED: Final = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&{fd}'
-"""For a shell: what systemd does with a socket that it has opened."""
+ACTIVATED: Final = 'LISTEN_PID=$$ LISTEN_FDS=1 exec "$@" 3<&0 </dev/null'
+"""For a shell whose input is a socket: what systemd does with one that it has opened."""
 
 PATIENT: Final = {"TRIO_GATEWAY_DRAIN__GRACE": "50s", "TRIO_GATEWAY_DRAIN__BUDGET": "55s"}
 
@@ -98,12 +101,11 @@ class World:
         with (self.folder / "log.txt").open("ab") as log:
             process = await trio.lowlevel.open_process(
                 self._command(),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL if self.listening is None else self.listening,
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
                 env={**same_gateway(), **environment(self.folder), **env},
-                pass_fds=() if self.listening is None else (self.listening.fileno(),),
                 start_new_session=True,
             )
         self.process = process
@@ -121,7 +123,7 @@ class World:
         command = (*COMMAND, "--store", str(self.store))
         if self.listening is None:
             return command
-        return ("sh", "-c", ACTIVATED.format(fd=self.listening.fileno()), "sh", *command)
+        return ("sh", "-c", ACTIVATED, "sh", *command)
 
     async def serves(self) -> None:
         """Wait until it answers."""
@@ -137,7 +139,7 @@ class World:
     async def until_drains(self) -> None:
         """Wait until it says that it drains."""
         async with connected(self.town.address) as wire:
-            while (await wire.ask("GET", "/readyz")).status != 503:
+            while (await wire.ask("GET", "/readyz")).status != 503:  # noqa: ASYNC110
                 await trio.sleep(0.02)
 
     @property
@@ -260,6 +262,12 @@ def make_world(folder: Path, seed: int, number: int, *, listens: bool) -> World:
         sock.close()
     town = Town(address, TOKEN, SECRET, random.Random(f"{seed} {number}"))
     return World(folder, number, town, sock if listens else None)
+
+
+def what_broke(world: World, error: Exception) -> str:
+    """What went wrong first, and where; what else was complained of."""
+    first = unwrap(error)
+    return "\n".join([str(first).partition("\n")[0], told(first), *world.town.complaints[:3]])
 
 
 def _port(number: int) -> int:

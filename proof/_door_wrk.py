@@ -16,9 +16,9 @@ import trio
 from ._door_account import Account
 from ._door_followers import Follower
 from ._door_people import Poster
-from ._door_world import TOKEN, World, make_world
+from ._door_world import TOKEN, World, make_world, what_broke
 from ._platform import rows
-from ._process import scratch_folder, told
+from ._process import scratch_folder
 from ._report import Skip
 
 SESSIONS: Final = 20
@@ -41,21 +41,21 @@ function init(args)
 end
 
 function delay()
-   return %(pause)d
+   return PAUSE
 end
 
 function request()
    count = count + 1
    local id = "wrk" .. number .. "-" .. count
    local body = '{"id":"' .. id .. '","text":"plain ' .. id .. '"}'
-   local path = "/v1/sessions/wrk" .. (count %% %(sessions)d) .. "/messages"
+   local path = "/v1/sessions/wrk" .. (count % SESSIONS) .. "/messages"
    return wrk.format("POST", path, headers, body)
 end
 
 function response(status, headers, body)
    heard:write(status, " ", string.match(body, '"id":"([^"]+)"') or body, "\\n")
 end
-""" % {"pause": PAUSE_MS, "sessions": SESSIONS}  # fmt: skip
+"""
 
 
 def live(seed: int, seconds: int) -> tuple[World, str | None]:
@@ -68,9 +68,7 @@ def live(seed: int, seconds: int) -> tuple[World, str | None]:
         try:
             trio.run(_Run(world).whole, seconds)
         except Exception as error:
-            while isinstance(error, ExceptionGroup):
-                error = error.exceptions[0]
-            return world, "\n".join([told(error), *world.town.complaints[:3]])
+            return world, what_broke(world, error)
         finally:
             world.close()
     return world, None
@@ -111,7 +109,8 @@ class _Run:
 
     def _command(self, seconds: int) -> list[str]:
         script, (host, port) = self._world.folder / "wrk.lua", self._world.town.address
-        script.write_text(SCRIPT)
+        text = SCRIPT.replace("PAUSE", str(PAUSE_MS)).replace("SESSIONS", str(SESSIONS))
+        script.write_text(text)
         return [
             "wrk", "--threads", "2", "--connections", str(CONNECTIONS), "--duration",
             f"{seconds}s", "--timeout", "60s", "--script", str(script), f"http://{host}:{port}",

@@ -23,8 +23,8 @@ from . import _door_wrk
 from ._door_account import Account
 from ._door_followers import Follower, Log, Talker
 from ._door_people import Chatter, Hook, Person, Poster, Streamed, Streamer
-from ._door_world import PATIENT, World, make_world
-from ._process import scratch_folder, told
+from ._door_world import PATIENT, World, make_world, what_broke
+from ._process import scratch_folder
 from ._report import Campaign, Job, Skip
 
 CAMPAIGN: Final = Campaign(
@@ -83,8 +83,8 @@ class Crowd:
         for kind, count in kinds.items():
             for n in range(count):
                 name = f"{kind.__name__.lower()}{n}"
-                sessions = (f"{name}-a", f"{name}-b") if kind is Poster else (name,)
-                self.people.append(kind(town, name, sessions))
+                own = (f"{name}-a", f"{name}-b") if kind is Poster else (name,)
+                self.people.append(kind(town, name, own))
         self.talkers = [Talker(town, "talker0", ("talker0-a", "talker0-b"))]
         self.keeper = Poster(town, "keeper", ("keeper",))
         sessions = [s for person in (*self.people, self.keeper) for s in person.sessions]
@@ -108,8 +108,10 @@ class Crowd:
 
     def start(self, nursery: trio.Nursery) -> None:
         """All of them begin."""
-        for one in (*self.followers, *self.talkers):
-            nursery.start_soon(one.live)
+        for follower in self.followers:
+            nursery.start_soon(follower.live)
+        for talker in self.talkers:
+            nursery.start_soon(talker.live)
         for person in self.people:
             self.busy += 1
             nursery.start_soon(self._live, person)
@@ -245,14 +247,7 @@ def _live(seed: int, seconds: float, number: int) -> tuple[World, str | None]:
         try:
             trio.run(Crowd(world).whole, seconds)
         except Exception as error:
-            return world, told_of(world, error)
+            return world, what_broke(world, error)
         finally:
             world.close()
     return world, None
-
-
-def told_of(world: World, error: Exception) -> str:
-    """What went wrong first; what else was complained about."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return "\n".join([told(error), *world.town.complaints[:3]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from trio_gateway._config import (
 from trio_gateway._errors import ConfigError
 from trio_gateway._policy import Busy, Limits, ResumeRules
 from trio_gateway._settings import Settings
+from trio_gateway._views import config_as_toml
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +169,16 @@ def test_a_named_file_is_read_and_named_in_errors(tmp_path: Path) -> None:
     named.write_text("[limits]\nturns = -3")
     with pytest.raises(ConfigError, match=r"got -3 \(.*other\.toml\)"):
         load_config(named, {})
+
+
+@pytest.mark.parametrize(
+    "name", ["\U0001f600.db", "\\\U0001f600", "\\ud83d\\ude00", "a\x7fb", "\u202e", 'a"b\n', "\xe9"]
+)
+def test_p14_a_value_of_any_letters_is_shown_as_toml(tmp_path: Path, name: str) -> None:
+    config = load_config(None, {"TRIO_GATEWAY_STORE__PATH": name})
+    shown = [line for line in config_as_toml(config) if not line.startswith("#")]
+    assert all(line.isascii() and line.isprintable() for line in shown)
+    assert tomllib.loads("\n".join(shown))["store"]["path"] == name
 
 
 def test_what_is_shown_is_itself_a_configuration() -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -58,6 +59,10 @@ async def raw(door: Door, data: bytes) -> bytes:
     return said
 
 
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 # ----- every way in is guarded
 
 
@@ -89,20 +94,19 @@ async def test_no_route_is_forgotten_by_the_guard(tmp_path: Path) -> None:
 
 
 async def test_no_path_leads_around_the_guard(tmp_path: Path) -> None:
-    async with open_door(tmp_path, echo) as door:
-        async with client_of(door.url, "wrong") as client:
-            for path in (
-                "/healthz/../v1/sessions", "/healthz%2f..%2fv1/sessions", "//v1/sessions",
-                "/healthz/", "/HEALTHZ", "/login/../v1/status", "/v1/sessions?/healthz",
-                "/hooks/../v1/sessions", "/%2e%2e/v1/sessions", "/healthz%00", "/healthz;/v1",
-            ):  # fmt: skip
-                head = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
-                said = await raw(door, head.encode())
-                status = int(said.split(b" ")[1])
-                # A path below /hooks/ is that of a session: there are no webhooks here.
-                assert status in (401, 303, 404, 405), (path, said[:200])
-                assert b"sessions\":" not in said
-            assert (await client.get("/v1/sessions")).status_code == 401
+    async with open_door(tmp_path, echo) as door, client_of(door.url, "wrong") as client:
+        for path in (
+            "/healthz/../v1/sessions", "/healthz%2f..%2fv1/sessions", "//v1/sessions",
+            "/healthz/", "/HEALTHZ", "/login/../v1/status", "/v1/sessions?/healthz",
+            "/hooks/../v1/sessions", "/%2e%2e/v1/sessions", "/healthz%00", "/healthz;/v1",
+        ):  # fmt: skip
+            head = f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+            said = await raw(door, head.encode())
+            status = int(said.split(b" ")[1])
+            # A path below /hooks/ is that of a session: there are no webhooks here.
+            assert status in (401, 303, 404, 405), (path, said[:200])
+            assert b'sessions":' not in said
+        assert (await client.get("/v1/sessions")).status_code == 401
 
 
 async def test_every_way_in_asks_the_same_hook(tmp_path: Path) -> None:
@@ -139,13 +143,12 @@ async def test_every_way_in_asks_the_same_hook(tmp_path: Path) -> None:
 )
 async def test_what_a_client_says_of_its_address_is_not_believed(tmp_path: Path, name: str) -> None:
     """Nor is it let in from this machine, nor does it guess longer under other addresses."""
-    async with open_door(tmp_path, echo) as door:
-        async with client_of(door.url, "wrong") as client:
-            for n in range(TRIES):
-                answer = await client.get("/v1/status", headers={name: f"127.0.0.{n}"})
-                assert answer.status_code == 401
-            answer = await client.get("/v1/status", headers={name: "127.0.0.99"})
-            assert error_of(answer) == (429, "too_many_attempts")
+    async with open_door(tmp_path, echo) as door, client_of(door.url, "wrong") as client:
+        for n in range(TRIES):
+            answer = await client.get("/v1/status", headers={name: f"127.0.0.{n}"})
+            assert answer.status_code == 401
+        answer = await client.get("/v1/status", headers={name: "127.0.0.99"})
+        assert error_of(answer) == (429, "too_many_attempts")
 
 
 async def test_a_socket_under_another_name_is_refused(tmp_path: Path) -> None:
@@ -252,10 +255,8 @@ async def test_all_addresses_together_have_a_bounded_number_of_connections(tmp_p
         others = [socket.create_connection(door.address) for _ in range(2)]
         with trio.fail_after(20):
             async with await trio.open_tcp_stream(*door.address) as stream:
-                try:
+                with suppress(trio.BrokenResourceError):
                     assert await stream.receive_some() == b""
-                except trio.BrokenResourceError:
-                    pass
         for other in others:
             other.close()
 
@@ -263,13 +264,21 @@ async def test_all_addresses_together_have_a_bounded_number_of_connections(tmp_p
 # ----- names and texts are data
 
 
-NAMES = ["../../etc/passwd", "a\r\nset-cookie: x=1", "\0", "a\nb", "\x1b[2J", "x" * 1024, "a/b/../c"]
+NAMES = [
+    "../../etc/passwd",
+    "a\r\nset-cookie: x=1",
+    "\0",
+    "a\nb",
+    "\x1b[2J",
+    "x" * 1024,
+    "a/b/../c",
+]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name)[:20])
 async def test_a_name_is_a_name_and_nothing_else(tmp_path: Path, name: str) -> None:
     place = quote(name, safe="")
-    before = set(tmp_path.parent.iterdir())
+    before = files_in(tmp_path.parent)
     async with open_door(tmp_path, echo) as door:
         answer = await door.post(place, "hi", id=name, headers={"prefer": "wait=10"})
         assert answer.json()["receipt"]["session"] == f"http:{name}"
@@ -281,10 +290,26 @@ async def test_a_name_is_a_name_and_nothing_else(tmp_path: Path, name: str) -> N
         assert form.status_code == 303
         assert form.headers["location"].isascii()
         assert "set-cookie" not in form.headers
-    assert set(tmp_path.parent.iterdir()) == before
-    assert {path.name.partition("-")[0] for path in tmp_path.iterdir()} <= {
+    assert files_in(tmp_path.parent) == before
+    assert {file.partition("-")[0] for file in files_in(tmp_path)} <= {
         "gateway.db", "gateway.db.lock",
     }  # fmt: skip
+
+
+async def test_p14_an_error_is_short_whatever_it_is_about(tmp_path: Path) -> None:
+    async with open_door(tmp_path, echo) as door:
+        fields = {"\xe9" * 5000 + str(n): "\xe9" * 5000 for n in range(20)}
+        answer = await door.client.post("/v1/sessions/ada/messages", json=fields)
+        assert error_of(answer) == (422, "invalid")
+        assert len(answer.text) < 1000
+
+
+async def test_p14_no_request_is_sent_elsewhere(tmp_path: Path) -> None:
+    """A slash too many is nothing that there is, and no redirect to whatever Host was named."""
+    async with open_door(tmp_path, echo) as door:
+        for path in ("/v1/status/", "/v1/responses/", "/healthz/", "/v1/chat/completions/"):
+            answer = await door.client.get(path)
+            assert answer.status_code == 404, path
 
 
 # ----- what is said

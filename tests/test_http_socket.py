@@ -135,6 +135,21 @@ async def test_a_stop_closes_with_1012_when_all_is_told(tmp_path: Path) -> None:
     assert kinds[-2:] == ["reply", "settled"]
 
 
+async def test_who_comes_back_too_late_is_told_of_the_gap_here_too(tmp_path: Path) -> None:
+    def talk(url: str) -> dict[str, Any]:
+        with connected(url) as socket:
+            say(socket, type="hello", session="ada", last=1)
+            assert hear(socket, "welcome")["seq"] == 1
+            return hear(socket, "gap")
+
+    async with open_door(tmp_path, echo) as door:
+        for n in range(3):
+            await door.post("ada", "hello", id=f"m{n}", headers={"prefer": "wait=10"})
+        await door.gateway._store.forget(0, 2**62, 0)  # what retention does
+        gap = await in_thread(talk, door.url)
+    assert gap == {"type": "gap", "session": "http:ada", "from": 2, "to": 11}
+
+
 SLOW = """
 import trio
 async def agent(turn):

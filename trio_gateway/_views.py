@@ -7,6 +7,7 @@ wrapped and without colours. Whatever somebody wrote into a message is escaped b
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -308,7 +309,7 @@ def findings(found: Sequence[Finding]) -> Listing:
 def config_as_toml(config: Config) -> list[str]:
     """Every effective value as `gateway.toml` would say it, and where it came from."""
     shown = config.shown()
-    told = [f"{one.key.rpartition('.')[2]} = {json.dumps(one.value)}" for one in shown]
+    told = [f"{one.key.rpartition('.')[2]} = {_toml(one.value)}" for one in shown]
     width = max(len(text) for text in told)
     lines: list[str] = []
     section = ""
@@ -317,6 +318,20 @@ def config_as_toml(config: Config) -> list[str]:
             lines += ["", f"[{section}]"]
         lines.append(f"{text:{width}}  # {escape(one.origin)}")
     return [*lines[1:], *(f"# warning: {warning}" for warning in config.warnings())]
+
+
+def _toml(value: object) -> str:
+    """A value as TOML writes it: as JSON does, but for what stands in no sixteen bits, and for the
+    one control character that JSON leaves as it is."""
+    return _PAIR.sub(_joined, json.dumps(value)).replace("\x7f", "\\u007f")
+
+
+_PAIR: Final = re.compile(r"\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})")
+
+
+def _joined(pair: re.Match[str]) -> str:
+    both = bytes.fromhex(pair[1] + pair[2]).decode("utf-16-be")
+    return f"\\U{ord(both):08x}"
 
 
 def config_as_json(config: Config) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def only(fields: Mapping[str, Any], *known: str) -> None:
         raise Problem(
             422,
             "invalid",
-            f"unknown: {', '.join(shown(name[:40]) for name in extra[:5])}; known: {', '.join(known)}",
+            f"unknown: {', '.join(shown(name[:40]) for name in extra[:5])};"
+            f" known: {', '.join(known)}",
         )
 
 

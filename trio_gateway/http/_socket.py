@@ -3,6 +3,7 @@
     in   {"type":"hello","session":"ada","last":41}     follow a session, from behind a place
          {"type":"message","session":"ada","id":"m1","text":"hi","sender"?}
     out  {"type":"welcome","session","seq"}
+         {"type":"gap","session","from","to"}           what was asked for and is forgotten
          {"type":"ack","session","id","status":"accepted"|"duplicate"}
          {"type":"event","session","event","seq",...}   what happened; see the event stream
          {"type":"progress","session","turn","text",...}
@@ -104,13 +105,16 @@ class _Conversation:
             raise Problem(422, "invalid", f"session {session} is followed already")
         if len(self._following) >= SESSIONS:
             raise Problem(429, "too_many", f"at most {SESSIONS} sessions on one connection")
-        _, newest = await self._house.span(session)
+        oldest, newest = await self._house.span(session)
         last = fields.get("last")
         if last is not None and (type(last) is not int or not 0 <= last <= LARGEST):
             raise Problem(422, "invalid", "last: expected the seq of the last event, or null")
         after = newest if last is None else min(last, newest)
         self._following.add(session)
         await self._say("welcome", {"session": str(session), "seq": after})
+        if after + 1 < oldest:
+            gap = {"session": str(session), "from": after + 1, "to": oldest - 1}
+            await self._say("gap", gap)
         self.nursery.start_soon(self._follow, session, after)
 
     async def _message(self, fields: dict[str, Any]) -> None:

@@ -125,8 +125,8 @@ class _Conversation(TCPServer):
     async def _read_data(self) -> None:
         one, context = self.protocol, _Context(self.context)
         one.protocol = _Http1(
-            one.app, one.config, context, one.task_group, one.state, one.ssl, one.client,
-            one.server, one.send,
+            one.app, one.config, cast("Any", context), one.task_group, one.state, one.ssl,
+            one.client, one.server, one.send,
         )  # fmt: skip
         await super()._read_data()
         context.over.set()
