@@ -170,15 +170,18 @@ class Steps:
         began_at = self.memory.now()
         if effect is Effect.UNSAFE:
             await self.memory.begin_step(name, effect)
-        self.under_way.append(name)
-        try:
-            stored = dump(what, await call(fn, *args))
-        finally:
-            self.under_way.remove(name)
+        stored = dump(what, await self._under_way(name, fn, args))
         result = load(what, stored, kind)
         await self.memory.remember(name, effect, stored, began_at)
         self.known[name] = stored
         return result
+
+    async def _under_way(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        self.under_way.append(name)
+        try:
+            return await call(fn, *args)
+        finally:
+            self.under_way.remove(name)
 
 
 def _storable_name(name: object) -> str:
