@@ -93,7 +93,8 @@ for _group in (sessions_app, quarantine_app, letters_app, config_app, install_ap
 
 def call(words: Sequence[str], signals: SignalDesk | None) -> int:
     """Run the command that `words` name; return the exit code. Raises `UsageError`."""
-    from . import _operating  # noqa: F401 - its commands join these here
+    # Its commands join these.
+    from . import _operating  # noqa: F401 # pyright: ignore[reportUnusedImport]
 
     try:
         command, bound, ignored = app.parse_args(words, print_error=False, exit_on_error=False)

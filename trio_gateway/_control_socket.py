@@ -267,6 +267,7 @@ class _Server:
 
 
 async def _nobody(told: Mapping[str, Any]) -> None:
+    await trio.lowlevel.checkpoint()
     raise AssertionError(f"no stream, and yet it tells {told}")
 
 

@@ -95,6 +95,11 @@ def _with(sections: Sections, key: str, value: object) -> Sections:
     )
 
 
+def level_in(told: Config) -> LogLevel:
+    """The level that a configuration gives the log."""
+    return told.sections.log.level
+
+
 class Reloader:
     """Reads the configuration again as the start has read it."""
 
@@ -103,9 +108,9 @@ class Reloader:
         told: Config,
         environ: Mapping[str, str],
         options: Sequence[Given] = (),
-        level: Callable[[Config], LogLevel] | None = None,
+        level: Callable[[Config], LogLevel] = level_in,
     ) -> None:
-        self.level = level or (lambda told: told.sections.log.level)
+        self.level = level
         """From which level on the log tells something."""
         self.told = told
         """What counts now."""
