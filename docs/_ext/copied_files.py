@@ -32,7 +32,7 @@ WHOLE: Final = {"ARCHITECTURE.md": "architecture", "CHANGELOG.md": "changelog",
 LANGUAGES: Final = {".py": "python", ".sh": "sh", ".yaml": "yaml", "": "docker"}
 LINK: Final = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
-TERM: Final = re.compile(r"\[([^\]]+)\]\((?:[\w./]*/)?glossary\.md#term-([\w-]+)\)")
+TERM: Final = re.compile(r"\[([^\]]+)\]\((?:[\w./-]*glossary\.md)?#term-([\w-]+)\)")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
