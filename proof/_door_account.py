@@ -23,7 +23,8 @@ import attrs
 from trio_gateway.testing import check_invariants
 
 from ._door_followers import Log
-from ._door_people import LAST_EVENTS, Sent, Streamed, Town
+from ._door_openai import LAST_EVENTS, Streamed
+from ._door_people import Sent, Town
 from ._platform import effects, rows
 
 LIFE_OF_A_TURN: Final = re.compile(r"begun( interrupted resumed)*( interrupted)?")

@@ -3,11 +3,9 @@ of them was told: one side of the account in `_door_account`.
 
     posters     messages, some waiting for the answer; again under the same id until answered
     hooks       signed webhooks; an old one now and then once more, as it was
-    chatters    chat completions of the OpenAI API, under an idempotency key
-    streamers   responses of that API, going on behind the last event that they have seen
 
 Nobody sends a new message before the last one is acknowledged, and a session is one person's. Who
-only listens is in `_door_followers`.
+only listens is in `_door_followers`, who speaks OpenAI's API in `_door_openai`.
 """
 
 from __future__ import annotations
@@ -19,13 +17,12 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import aclosing
 from typing import Any, Final
 
 import attrs
 import trio
 
-from ._door_wire import Address, Answer, Gone, Refused, Wire, connect, connected
+from ._door_wire import Address, Answer, Gone, Wire, connect
 
 KINDS: Final = {"plain": 40, "slow": 20, "says": 12, "steps": 6, "nap": 2, "fails": 1, "child": 2}
 """What a message asks the agent to do, and how often."""
@@ -35,8 +32,6 @@ OPEN_AT_ONCE: Final = 100
 
 LULL: Final = 0.02
 """Seconds for which somebody thinks, at the most, before the next message."""
-
-LAST_EVENTS: Final = ("response.completed", "response.failed", "response.incomplete")
 
 
 @attrs.define
@@ -329,103 +324,3 @@ class Hook(Person):
         return {
             "webhook-id": tag, "webhook-timestamp": stamp, "webhook-signature": f"v1,{mark}",
         }  # fmt: skip
-
-
-# ----- the OpenAI API
-
-
-class Chatter(Person):
-    """Chat completions: the whole answer, or the same question under the same key."""
-
-    async def say(self) -> None:
-        """See `Person.say`."""
-        tag, session, text = self.next_message({"plain": 3, "says": 1, "slow": 2})
-        headers = {"idempotency-key": tag, "x-session": session}
-        fields = {"model": "m", "messages": [{"role": "user", "content": text}]}
-        id = f"chatcmpl_{key_of('chatcmpl', tag)}"
-        self.town.noted(id, session, text)
-        while True:
-            answer = await self.ask(id, "/v1/chat/completions", fields, headers=headers)
-            if answer is not None and answer.status == 200:
-                break
-            if answer is not None:
-                self.town.turned_away(id, answer)
-        said = answer.json()
-        if said["id"] != id:
-            self.town.complain(f"{tag}: another id: {said}")
-        sent = self.town.sent[id]
-        sent.duplicate += 1  # it does not say whether it knew the question
-        self.town.acknowledged += 1
-        sent.order = self.town.acknowledged
-        sent.replies = [said["choices"][0]["message"]["content"]]
-        self.town.settled.add(id)
-
-
-@attrs.define
-class Streamed:
-    """One response, as its events told it, over all lives."""
-
-    id: str
-    text: str
-    events: list[dict[str, Any]] = attrs.field(factory=list[dict[str, Any]])
-    pieces: int = 0
-    """Streams that it took, of those that told something."""
-
-
-@attrs.define(eq=False)
-class Streamer(Person):
-    """Responses, told piece by piece."""
-
-    streams: list[Streamed] = attrs.field(factory=list[Streamed])
-
-    async def say(self) -> None:
-        """See `Person.say`."""
-        tag, session, text = self.next_message({"writes": 4, "says": 1, "plain": 1})
-        told = Streamed(f"resp_{key_of('resp', tag)}", text)
-        sent = self.town.noted(told.id, session, text)
-        self.streams.append(told)
-        while not (told.events and told.events[-1]["type"] in LAST_EVENTS):
-            try:
-                async with connected(self.town.address, self.town.token) as wire:
-                    await self._read(wire, told, tag, session)
-            except Gone:
-                await self.town.wait_a_moment()
-            except Refused as refused:
-                self.town.turned_away(told.id, refused.answer)
-                await self.town.wait_a_moment()
-            if told.events and not sent.acknowledged:
-                sent.duplicate += 1
-                self.town.acknowledged += 1
-                sent.order = self.town.acknowledged
-        self.town.settled.add(told.id)
-
-    async def _read(self, wire: Wire, told: Streamed, tag: str, session: str) -> None:
-        self.town.figures["requests"] += 1
-        if told.events:
-            after = told.events[-1]["sequence_number"]
-            events = wire.events(f"/v1/responses/{told.id}?stream=true&starting_after={after}")
-        else:
-            self.town.leaving()
-            events = wire.events(
-                "/v1/responses",
-                method="POST",
-                fields={"model": "m", "input": told.text, "stream": True},
-                headers={"idempotency-key": tag, "x-session": session},
-            )
-        stays, before = self.town.dice.random() < 0.8, len(told.events)
-        async with aclosing(events):
-            async for one in events:
-                told.pieces += len(told.events) == before
-                if one.data["sequence_number"] != len(told.events):
-                    self.town.complain(
-                        f"{told.id}: event {one.data['sequence_number']} after"
-                        f" {len(told.events)} of them"
-                    )
-                told.events.append(one.data)
-                if not stays and self.town.dice.random() < 0.1:
-                    return
-
-
-def key_of(prefix: str, key: str) -> str:
-    """What an idempotency key becomes. It stays so: who comes back may come after an upgrade."""
-    return hashlib.sha256(f"{prefix}\0{key}".encode()).hexdigest()[:32]

@@ -22,7 +22,8 @@ import trio
 from . import _door_wrk
 from ._door_account import Account
 from ._door_followers import Follower, Log, Talker
-from ._door_people import Chatter, Hook, Person, Poster, Streamed, Streamer
+from ._door_openai import Chatter, Streamed, Streamer
+from ._door_people import Hook, Person, Poster
 from ._door_world import PATIENT, World, make_world, what_broke
 from ._process import scratch_folder
 from ._report import Campaign, Job, Skip

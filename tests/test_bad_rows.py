@@ -35,9 +35,11 @@ from trio_gateway._errors import unless_for_want_of_memory
 from trio_gateway._events import GatewayFailed, MessageUnreadable, TurnSettled
 from trio_gateway._policy import SORRY, SORRY_UNREADABLE
 from trio_gateway._steps import load
+from trio_gateway._views import short
 from trio_gateway.store import read_store
 from trio_gateway.store._codec import load_ids, load_message
 from trio_gateway.store._database import open_database, select, translate
+from trio_gateway.store._reads import _message_row
 from trio_gateway.testing import MemoryChannel, check_invariants
 
 QUICK = Settings(grace=1.0, budget=10.0)
@@ -818,3 +820,12 @@ async def test_c54_the_store_is_damaged_as_these_tests_say(
     damage_body(machine, "m1", BROKEN)
     with pytest.raises(UnicodeDecodeError):
         machine.rows("SELECT body FROM message")
+
+
+def test_p14_why_it_ended_is_shown_as_a_text_whatever_a_damaged_page_says() -> None:
+    """A page that is another's: a number, in a column of texts."""
+    body = b'{"text": "hi", "sender": null}'
+    for found in (7, 7.5, b"\xff", "no room"):
+        row = _message_row(SessionKey("chat", "ada"), "m1", "failed", body, 0, 0, found, None)  # type: ignore[arg-type]
+        assert row.error == str(found)
+        assert short(row.error)

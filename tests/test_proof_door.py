@@ -16,7 +16,8 @@ import trio
 from proof import _door_wrk, door
 from proof._door_account import Account
 from proof._door_followers import Log
-from proof._door_people import Streamed, Town
+from proof._door_openai import Streamed
+from proof._door_people import Town
 from proof._door_world import World, make_world
 from proof._process import scratch_folder
 from proof._report import Job, Report, Size, Skip

@@ -106,6 +106,11 @@ def load_text(text: bytes | None) -> str:
     return "" if text is None else text.decode(errors="replace")
 
 
+def load_why(text: object) -> str | None:
+    """Why something has ended, for whoever looks: a text, whatever a damaged page has there."""
+    return None if text is None else str(text)
+
+
 def load_json(text: bytes | None) -> str | None:
     """JSON from its row, as it is: what is wrong with it is found by whoever reads it."""
     return None if text is None else text.decode(errors="surrogateescape")

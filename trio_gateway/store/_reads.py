@@ -13,7 +13,16 @@ import attrs
 from .._clock import as_datetime
 from .._errors import NotFound
 from .._messages import HistoryItem, Reply, ReplyKind, SessionKey
-from ._codec import BadRow, dump_ids, load_draft, load_ids, load_message, load_text, when
+from ._codec import (
+    BadRow,
+    dump_ids,
+    load_draft,
+    load_ids,
+    load_message,
+    load_text,
+    load_why,
+    when,
+)
 from ._database import Database, select, translate
 from ._records import Draft
 from ._sql import query
@@ -453,7 +462,9 @@ class StoreReader:
             said = self._all("delivery_rows_about", seq, dump_ids((message_id,)))
             entries += [entry for row in said for entry in _delivery_entries(row)]
         if message.ended_at is not None:
-            entries.append(TimelineEntry(at=message.ended_at, what=state, detail=error or ""))
+            entries.append(
+                TimelineEntry(at=message.ended_at, what=state, detail=load_why(error) or "")
+            )
         order = sorted(range(len(entries)), key=lambda i: (entries[i].at, i))
         return Timeline(message=message, entries=tuple(entries[i] for i in order))
 
@@ -487,7 +498,9 @@ class StoreReader:
             charged = f"; {crashes} crashes" if crashes else ""
             entries.append(
                 TimelineEntry(
-                    at=as_datetime(settled_at), what=f"turn {state}", detail=(error or "") + charged
+                    at=as_datetime(settled_at),
+                    what=f"turn {state}",
+                    detail=(load_why(error) or "") + charged,
                 )
             )
         return entries
@@ -523,7 +536,7 @@ class StoreReader:
                 key=key,
                 text=None if text is None else load_text(text),
                 tries=tries,
-                error=error,
+                error=load_why(error),
                 created_at=as_datetime(created_at),
                 turn=turn,
             )
@@ -548,7 +561,7 @@ class StoreReader:
                 key=key,
                 text=None if text is None else load_text(text),
                 tries=tries,
-                error=error,
+                error=load_why(error),
                 created_at=as_datetime(created_at),
                 not_before=when(again),
             )
@@ -629,7 +642,7 @@ def _message_row(
         sender=sender,
         accepted_at=as_datetime(accepted_at),
         ended_at=when(ended_at),
-        error=error,
+        error=load_why(error),
         turn=turn,
     )
 
