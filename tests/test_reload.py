@@ -87,7 +87,7 @@ OTHER = {
     "channels.http.body_time": "1s", "channels.http.send_time": "1s",
     "channels.http.longest_wait": "1s", "channels.http.heartbeat": "1s",
     "channels.http.connections": 1, "channels.http.per_peer": 1, "channels.http.token": "t",
-    "channels.http.hook_secret": "h",
+    "channels.http.hook_secret": "h", "traces.endpoint": "http://[::1]:2",
 }  # fmt: skip
 """Another value than the default, for each key that has one."""
 
