@@ -70,11 +70,8 @@ async def control_socket(store: Path, respondent: Respondent, say: Say) -> Async
     Where there can be no socket, say so (`say` is a log's), and go on without.
     """
     path = socket_of(store.absolute())  # noqa: ASYNC240 - pure, but for the current folder
-    try:
-        listener = listen_at(path)
-    except (OSError, ControlError) as error:
-        why = error.strerror or error if isinstance(error, OSError) else error
-        say("warning", "no_control_socket", path=str(path), error=str(why))
+    listener = _listen_if_possible(path, say)
+    if listener is None:
         yield
         return
     own = _identity(path)
@@ -93,6 +90,15 @@ async def control_socket(store: Path, respondent: Respondent, say: Say) -> Async
         if own is not None and _identity(path) == own:
             with suppress(OSError):
                 path.unlink()  # noqa: ASYNC240 - one call, at the end
+
+
+def _listen_if_possible(path: Path, say: Say) -> socket.socket | None:
+    try:
+        return listen_at(path)
+    except (OSError, ControlError) as error:
+        why = error.strerror or error if isinstance(error, OSError) else error
+        say("warning", "no_control_socket", path=str(path), error=str(why))
+        return None
 
 
 def listen_at(path: Path) -> socket.socket:
