@@ -356,7 +356,9 @@ def test_openai_client_reads_on_after_a_kill(tmp_path: Path) -> None:
         wait_for_port(port, gateway)
         with ended(client, tmp_path, given, stdout=subprocess.PIPE) as reader:
             assert reader.stdout is not None
-            begun = reader.stdout.read(len("Once upon a time"))
+            begun = b""
+            while len(begun) < len("Once upon a time"):
+                begun += reader.stdout.read(1)
             gateway.kill()
             gateway.wait(PATIENCE)
             with ended(hosting("openai_client", *host), tmp_path, given):
@@ -370,8 +372,9 @@ def ended(
     command: list[str], where: Path, env: dict[str, str], stdout: int | None = subprocess.DEVNULL
 ) -> Generator[subprocess.Popen[bytes]]:
     """A process, which is gone after the block."""
+    # Without a buffer, whose content `communicate` would not see.
     with subprocess.Popen(
-        command, cwd=where, env=env, stdout=stdout, stderr=subprocess.DEVNULL
+        command, cwd=where, env=env, stdout=stdout, stderr=subprocess.DEVNULL, bufsize=0
     ) as process:
         try:
             yield process
