@@ -358,7 +358,8 @@ def test_openai_client_reads_on_after_a_kill(tmp_path: Path) -> None:
             assert reader.stdout is not None
             begun = b""
             while len(begun) < len("Once upon a time"):
-                begun += reader.stdout.read(1)
+                begun += (letter := reader.stdout.read(1))
+                assert letter, "the client has left"
             gateway.kill()
             gateway.wait(PATIENCE)
             with ended(hosting("openai_client", *host), tmp_path, given):
