@@ -31,6 +31,7 @@ RUN = {
     "openai-api.md": "test_docs_run.py",
     "process-agent.md": "test_docs_run.py",
     "testing.md": "test_docs_run.py",
+    "traces.md": "test_docs_run.py",
     "tutorial.md": "test_tutorial.py",
     "writing-a-channel.md": "test_docs_run.py",
 }

