@@ -89,7 +89,7 @@ DOORS: Final[Mapping[str, Door]] = {
     "agents": Door(_bad_code.agents, 200, 1, 20, 200),
     "texts": Door(_bad_words.texts, 250, 1, 24, 240),
     "channels": Door(_bad_code.channels, 250, 1, 20, 200),
-    "http": Door(_bad_http.http, 600, 1, 60, 600),
+    "http": Door(_bad_http.http, 600, 1, 24, 600),
     "hooks": Door(_bad_code.hooks, 300, 1, 12, 120),
     "commands": Door(_bad_commands.commands, 150, 1, 10, 100),
     "names": Door(_bad_words.names, 400, 1, 30, 300),
