@@ -947,7 +947,7 @@ async def open_gateway(
     inline_store: bool = False,
     tap: Callable[[str], None] | None = None,
     tracer_provider: TracerProvider | None = None,
-    beside: Beside | None = None,
+    beside: Callable[[Gateway], AbstractAsyncContextManager[None]] | None = None,
 ) -> AsyncGenerator[Gateway, None]:
     """Host `agent` for the length of the block; leaving the block drains.
 

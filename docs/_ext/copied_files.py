@@ -29,7 +29,7 @@ COPIES: Final = DOCS / "files"
 
 WHOLE: Final = {"ARCHITECTURE.md": "architecture", "CHANGELOG.md": "changelog",
                 "CONTRIBUTING.md": "contributing"}  # fmt: skip
-LANGUAGES: Final = {".py": "python", ".sh": "sh", ".yaml": "yaml", "": "docker"}
+LANGUAGES: Final = {".py": "python", ".sh": "sh", ".yaml": "yaml", ".yml": "yaml", "": "docker"}
 LINK: Final = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 TERM: Final = re.compile(r"\[([^\]]+)\]\((?:[\w./-]*glossary\.md)?#term-([\w-]+)\)")
