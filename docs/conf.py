@@ -49,7 +49,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(trio|trio_util|structlog|hypercorn|starlette|attrs?|pytest)\..*"),
     (r"py:.*", r"(collections|contextlib|datetime|enum|os|pathlib|types|typing|builtins)\..*"),
     (r"py:.*", r"(socket|signal)\..*"),
-    # OpenTelemetry need not be there: a signature that names it is read as it is written.
+    # What stands for a type of somebody else: OpenTelemetry's, and one of contextlib.
     (r"py:class", r"TracerProvider|AbstractAsyncContextManager"),
     # Types of fields that nobody makes: they are read as the texts that they are.
     (r"py:class", r"trio_gateway\._(steps\.Effect|policy\.Command)"),
