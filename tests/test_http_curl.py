@@ -1,5 +1,5 @@
-"""The HTTP channel, talked to by curl: the page's own commands, an answer that is waited for, and an
-event stream that is left and taken up again."""
+"""The HTTP channel, talked to by curl: the page's own command, an answer that is waited for, and
+an event stream that is left and taken up again."""
 
 from __future__ import annotations
 
