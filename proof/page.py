@@ -104,7 +104,7 @@ def _intro() -> Iterator[str]:
         "    python -m proof list               what there is\n"
         "    python -m proof lives              one campaign, in its size `ci`\n"
         "    python -m proof lives --only 17    one point of it, as a failure names it\n"
-        "    nox -s proof                       what CI runs: three of them in size `quick`\n"
+        "    nox -s proof                       what CI runs: four of them in size `quick`\n"
         "    nox -s proof-long                  the rest, and all in the size for a long run\n"
         "    nox -s mutants                     the deliberate breaks, and who catches them"
     )
